@@ -1,0 +1,29 @@
+"""Fixtures: the scripts as modules, and a compilation cache shared by all tests."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
+
+
+def load_script(path):
+    """Import a script by its path, once."""
+    name = f"cleanflow_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and cloudpickle look modules up by name
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def gsflow():
+    return load_script(ROOT / "algos" / "gsflow.py")
