@@ -1,0 +1,84 @@
+"""What holds for every script: shared blocks, dependencies, --help, layout."""
+
+import ast
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS, load_script
+
+BLOCK = re.compile(r"# ==== shared: (.+?) ====\n(.*?)# ==== end shared: \1 ====", re.DOTALL)
+SECTIONS = ("class Args", "# ---- networks ----", "# ---- the method", "# ---- main ----")
+
+
+def source(script):
+    return (ROOT / "algos" / f"{script}.py").read_text()
+
+
+def test_shared_blocks_are_byte_identical():
+    seen = {}
+    for script in SCRIPTS:
+        text = source(script)
+        assert text.count("# ==== shared:") == len(BLOCK.findall(text)), f"{script}: unclosed block"
+        for name, body in BLOCK.findall(text):
+            first, expected = seen.setdefault(name, (script, body))
+            assert body == expected, f"block '{name}' differs between {first}.py and {script}.py"
+    assert "runs" in seen and "data" in seen
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sections_stand_in_order(script):
+    places = [source(script).index(section) for section in SECTIONS]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_imports_no_sibling(script):
+    local = {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    for node in ast.walk(ast.parse(source(script))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not local & {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_inline_dependencies_match_requirements(script):
+    lines = (ROOT / "requirements.txt").read_text().split("# Pictures")[0].splitlines()
+    pinned = [line for line in lines if line and not line.startswith("#")]
+    block = source(script).split("# /// script\n")[1].split("# ///\n")[0]
+    assert re.findall(r'#   "(.+?)",', block) == pinned
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_flag(script):
+    command = [sys.executable, str(ROOT / "algos" / f"{script}.py"), "--help"]
+    out = subprocess.run(
+        command, capture_output=True, text=True, env={"PATH": "", "COLUMNS": "200"}
+    )
+    assert out.returncode == 0, out.stderr
+    for field in dataclasses.fields(load_script(ROOT / "algos" / f"{script}.py").Args):
+        flag = "--" + field.name.replace("_", "-")
+        entry = re.search(rf"{flag}[ ,][^\n]*\n?[^\n]*", out.stdout)
+        assert entry, f"{flag} is not in --help"
+        words = re.sub(r"\(default.*|[│{}|]|--\S+|[A-Z]{3,}", " ", entry.group()).split()
+        assert len(words) >= 1, f"{flag} has no explanation"
+
+
+def test_readme_commands_use_flags_that_exist():
+    text = (ROOT / "README.md").read_text()
+    for line in re.findall(r"python algos/(\w+)\.py([^\n`#]*)", text):
+        script, rest = line
+        assert script in SCRIPTS, f"README runs algos/{script}.py, which does not exist"
+        known = {f.name for f in dataclasses.fields(load_script(ROOT / f"algos/{script}.py").Args)}
+        for flag in re.findall(r"--([a-z-]+)", rest):
+            assert flag.removeprefix("no-").replace("-", "_") in known | {"help"}, f"--{flag}"
+
+
+def test_ci_runs_the_readme_lines():
+    script = (ROOT / ".ci" / "run").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert "pip install -q -r requirements.txt" in script
+    assert "pip install -r requirements.txt" in readme
+    assert script.rstrip().splitlines()[-1] == "pytest" and "pytest" in readme

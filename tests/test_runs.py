@@ -1,0 +1,366 @@
+"""Runs survive: kill and resume, damaged checkpoints, interrupts, bad input."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, load_script
+
+SCRIPT = ROOT / "algos" / "gsflow.py"
+TINY = "--hidden-dims 8 8 --prior-hidden-dims 8 --batch-size 16 --num-candidates 2 --flow-steps 2"
+TINY = (TINY + " --eval-episodes 3 --updates-per-dispatch 20").split()
+BANDIT = ["--env-id", "multi-crescent", *TINY]
+BOTH_PHASES = [*BANDIT, "--offline-steps", 200, "--online-steps", 200, "--eval-interval", 100]
+
+
+def start(*flags, out_dir=None, **options):
+    """Start a training process; its output is readable from .stdout and .stderr."""
+    flags = [*flags, "--out-dir", str(out_dir)] if out_dir else flags
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    return subprocess.Popen(command, **pipes, **options)
+
+
+def finish(process, code=0, timeout=300):
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def only_run(directory):
+    (run,) = Path(directory).iterdir()
+    return run
+
+
+def columns_without_time(run):
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run that nobody interrupted, two seeds, both phases."""
+    directory = tmp_path_factory.mktemp("reference")
+    finish(start(*BOTH_PHASES, "--num-seeds", 2, out_dir=directory))
+    return only_run(directory)
+
+
+def test_a_run_leaves_what_it_should(reference):
+    names = {path.name for path in reference.iterdir()}
+    assert {"args.json", "metrics.csv", "checkpoint.msgpack", "result.json"} <= names
+    assert {"tb_seed0", "tb_seed1", "multi_crescent_offline.png"} <= names
+    result = json.loads((reference / "result.json").read_text())
+    for key in ("eval/success", "eval/return", "steps", "train_seconds", "updates_per_s"):
+        assert np.isfinite(result[key])
+    assert result["dataset_source"] == "generated" and result["steps"] == 400
+    assert np.shape(result["episodes"]["return"]) == (2, 3)
+    args = json.loads((reference / "args.json").read_text())["args"]
+    assert args["alpha"] is not None and args["target_entropy"] == -1.0
+    rows = columns_without_time(reference)
+    assert [r["step"] for r in rows[::2]] == [str(s) for s in range(20, 401, 20)]
+
+
+@pytest.mark.parametrize("trial", range(3))
+def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path, trial):
+    """SIGKILL at random moments; the last checkpoint and all metrics must be the same bytes."""
+    rng = random.Random(trial)
+    flags = [*BOTH_PHASES, "--num-seeds", 2, "--checkpoint-interval", 20]
+    process = start(*flags, out_dir=tmp_path)
+    resumed = 0
+    for _ in range(20):
+        while process.poll() is None and not list(tmp_path.glob("*/checkpoint.msgpack")):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 1.5))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        resumed += 1
+        process = start("--resume", only_run(tmp_path))
+        time.sleep(rng.uniform(3, 6) if resumed < 3 else 60)
+    finish(process)
+    assert resumed >= 1
+    run = only_run(tmp_path)
+    same = (run / "checkpoint.msgpack").read_bytes() == (
+        reference / "checkpoint.msgpack"
+    ).read_bytes()
+    assert same, "the resumed run ended elsewhere"
+    assert columns_without_time(run) == columns_without_time(reference)
+
+
+def test_evaluation_and_logging_do_not_touch_training(reference, tmp_path):
+    flags = [*BOTH_PHASES, "--num-seeds", 2, "--eval-interval", 10]
+    finish(start(*flags, out_dir=tmp_path))
+    gsflow = load_script(SCRIPT)
+    states = [gsflow.load_checkpoint(r)[0] for r in (reference, only_run(tmp_path))]
+    assert_same_tree(*[{k: v for k, v in s.items() if k != "sums"} for s in states])
+
+
+def assert_same_tree(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_tree(a[key], b[key])
+    else:
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def short_runs(tmp_path_factory):
+    """20 offline steps: seeds 0 and 1 together, seed 1 alone, both spread over two devices."""
+    flags = [*BANDIT, "--offline-steps", 20, "--eval-interval", 20]
+    two_devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    variants = {
+        "together": (["--num-seeds", 2], os.environ),
+        "alone": (["--seed", 1], os.environ),
+        "sharded": (["--num-seeds", 2], two_devices),
+    }
+    runs = {}
+    for name, (extra, environment) in variants.items():
+        directory = tmp_path_factory.mktemp(name)
+        finish(start(*flags, *extra, out_dir=directory, env=environment))
+        runs[name] = only_run(directory)
+    return runs
+
+
+def parameters(run):
+    tree, _ = load_script(SCRIPT).load_checkpoint(run)
+    return jax.tree.map(np.asarray, tree["state"]["params"])
+
+
+def test_a_vmapped_seed_equals_its_single_run(short_runs):
+    together, alone = parameters(short_runs["together"]), parameters(short_runs["alone"])
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(a[1], b[0], atol=1e-5)
+        assert a.ndim == 1 or np.all(a == 0) or not np.array_equal(a[0], a[1])
+
+
+def test_seeds_spread_over_devices_give_the_same(short_runs):
+    facts = json.loads((short_runs["sharded"] / "args.json").read_text())
+    assert facts["device"].startswith("2 x ")
+    together, sharded = parameters(short_runs["together"]), parameters(short_runs["sharded"])
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(sharded), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_evaluate_repeats_the_final_evaluation(reference):
+    out, _ = finish(start("--evaluate", reference))
+    result = json.loads((reference / "result.json").read_text())
+    for i, seed in enumerate(result["seeds"]):
+        expected = [f"{np.mean(result['episodes'][k][i]):.2f}" for k in ("success", "return")]
+        assert [str(seed), *expected] == out.splitlines()[2 + i].split()[:3]
+
+
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_saves_and_says_how_to_resume(tmp_path, number, code):
+    flags = [*BANDIT, "--offline-steps", 10_000_000, "--eval-interval", 10_000_000]
+    process = start(*flags, out_dir=tmp_path)
+    while not list(tmp_path.glob("*/metrics.csv")):
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = finish(process, code)
+    run = only_run(tmp_path)
+    assert f"--resume {run}" in err and "Traceback" not in err
+    facts = load_script(SCRIPT).load_checkpoint(run)[1]
+    assert facts["step"] > 0
+    total = 20 * (facts["step"] // 20 + 2)
+    out, _ = finish(start("--resume", run, "--offline-steps", total))
+    assert f"steps {total:,}" in out
+
+
+def test_damaged_checkpoints_are_noticed(reference, tmp_path, capsys):
+    gsflow = load_script(SCRIPT)
+    path = tmp_path / "checkpoint.msgpack"
+    intact = (reference / "checkpoint.msgpack").read_bytes()
+    before, facts = gsflow.load_checkpoint(reference)
+    rng = random.Random(0)
+    damaged = []
+    for position in rng.sample(range(len(intact)), 200):
+        flipped = bytes([intact[position] ^ rng.randrange(1, 256)])
+        damaged.append(intact[:position] + flipped + intact[position + 1 :])
+    cuts = [0, 1, 9, 10, 41, 42, 43, len(intact) // 2, len(intact) - 1]
+    damaged += [intact[:cut] for cut in cuts]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(gsflow.UserError, match="no intact checkpoint"):
+            gsflow.load_checkpoint(tmp_path)
+    path.with_suffix(".previous").write_bytes(intact)
+    after, facts_after = gsflow.load_checkpoint(tmp_path)
+    assert facts_after == facts and "damaged" in capsys.readouterr().err
+    assert_same_tree(before, after)
+
+
+def test_disk_full_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    gsflow = load_script(SCRIPT)
+    gsflow.save_checkpoint(tmp_path, {"x": np.arange(3)}, {"step": 1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(gsflow.UserError, match="No space left on device; free some space"):
+        gsflow.save_checkpoint(tmp_path, {"x": np.arange(4)}, {"step": 2})
+    tree, facts = gsflow.load_checkpoint(tmp_path)
+    assert facts["step"] == 1 and len(tree["x"]) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.msgpack"]
+
+
+def test_divergence_stops_with_names_and_the_last_good_step(tmp_path):
+    flags = [*BANDIT, "--offline-steps", 4000, "--learning-rate", 1e30, "--eval-interval", 4000]
+    _, err = finish(start(*flags, out_dir=tmp_path), code=2)
+    assert "not finite" in err and "critic_loss" in err and "Traceback" not in err
+
+
+BAD_FLAGS = {
+    "unknown task": ("--env-id antmaze-larg", "close matches: antmaze-large"),
+    "task number": ("--env-id cube-double-task9", "close matches"),
+    "nothing to do": ("--offline-steps 0", "nothing to train"),
+    "negative steps": ("--offline-steps -5", "--offline-steps is -5"),
+    "zero seeds": ("--num-seeds 0", "--num-seeds is 0"),
+    "zero batch": ("--batch-size 0", "--batch-size is 0"),
+    "zero interval": ("--eval-interval 0", "--eval-interval is 0"),
+    "zero episodes": ("--eval-episodes 0", "--eval-episodes is 0"),
+    "zero checkpoints": ("--checkpoint-interval 0", "--checkpoint-interval is 0"),
+    "zero dispatch": ("--updates-per-dispatch 0", "--updates-per-dispatch is 0"),
+    "zero n-step": ("--n-step 0", "--n-step is 0"),
+    "gamma": ("--gamma 1.5", "--gamma is 1.5, but must be between 0 and 1"),
+    "tau": ("--tau -0.1", "--tau is -0.1"),
+    "candidates": ("--num-candidates 0", "--num-candidates is 0"),
+    "flow steps": ("--flow-steps 0", "--flow-steps is 0"),
+    "no layers": ("--hidden-dims", "needs layers"),
+    "empty layer": ("--critic-hidden-dims 64 0", "--critic-hidden-dims needs layers"),
+    "negative rate": ("--learning-rate -1", "--learning-rate is -1"),
+    "nan rate": ("--learning-rate nan", "--learning-rate is nan"),
+    "negative alpha": ("--alpha -1", "--alpha is -1"),
+    "std range": ("--log-std-min 1", "--log-std-min must not exceed"),
+    "temperature": ("--init-temperature 0", "--init-temperature be above 0"),
+    "soft backup": ("--soft-backup", "add --offline-td-temperature 1"),
+    "soft, fql": ("--soft-backup --student deterministic", "needs the Gaussian student"),
+    "num envs": ("--online-steps 10 --num-envs 3", "must be a multiple of --num-envs"),
+    "backend": ("--env-id antmaze-large --env-backend jax", "has no jax environment"),
+    "toy on host": ("--env-id multi-crescent --env-backend host", "has no host environment"),
+    "resume nothing": ("--resume nowhere", "not a run directory"),
+    "evaluate nothing": ("--evaluate nowhere", "not a run directory"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(gsflow, tmp_path, capsys, monkeypatch, name):
+    """One sentence with the remedy on stderr, exit code 2, nothing written."""
+    flags, message = BAD_FLAGS[name]
+    monkeypatch.chdir(tmp_path)
+    assert gsflow.command_line(gsflow.run, gsflow.Args, flags.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", ["--batch-size many", "--no-such-flag", "--prior wavelet"])
+def test_flags_that_do_not_parse(gsflow, tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        gsflow.command_line(gsflow.run, gsflow.Args, flags.split())
+    assert exit.value.code == 2 and "Traceback" not in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def good_file(rows=40):
+    rng = np.random.default_rng(0)
+    xy = rng.normal(size=(rows, 2)).astype(np.float32)
+    actions = rng.uniform(-1, 1, (rows, 2)).astype(np.float32)
+    terminals = np.arange(rows) % 20 == 19
+    return dict(observations=xy, actions=actions, terminals=terminals, qpos=xy, qvel=xy)
+
+
+def changed(**changes):
+    return lambda data: data | changes
+
+
+BAD_DATA = {
+    "NaN": (changed(observations=np.full((40, 2), np.nan, np.float32)), "'observations' holds NaN"),
+    "infinite action": (changed(actions=np.full((40, 2), np.inf)), "'actions' holds NaN"),
+    "text": (changed(observations=np.full((40, 2), "x")), "'observations' holds NaN"),
+    "integers": (changed(actions=np.ones((40, 2), int)), "'actions' holds NaN"),
+    "action range": (changed(actions=np.full((40, 2), 3.0)), "actions outside [-1, 1]"),
+    "shape": (changed(observations=np.zeros(40)), "'observations' has shape (40,)"),
+    "lengths": (changed(actions=np.zeros((39, 2))), "'actions' has shape (39, 2)"),
+    "cut short": (changed(terminals=np.zeros(40, bool)), "looks cut short"),
+    "missing key": (lambda d: {k: v for k, v in d.items() if k != "actions"}, "no 'actions'"),
+    "other environment": (changed(observations=np.zeros((40, 3))), "another environment"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_datasets(gsflow, tmp_path, capsys, monkeypatch, name):
+    """A bad file is named with what is wrong; exit code 2, no run directory."""
+    damage, message = BAD_DATA[name]
+    monkeypatch.chdir(tmp_path)
+    np.savez(tmp_path / "pointmaze-medium-navigate-v0.npz", **damage(good_file()))
+    flags = ["--dataset-dir", str(tmp_path), "--offline-steps", "10"]
+    assert gsflow.command_line(gsflow.run, gsflow.Args, flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", None])
+def test_unreadable_datasets(gsflow, tmp_path, capsys, content):
+    path = tmp_path / "pointmaze-medium-navigate-v0.npz"
+    if content is None:  # a real file that lost its end
+        np.savez(path, **good_file())
+        content = path.read_bytes()[:-100]
+    path.write_bytes(content)
+    flags = ["--dataset-dir", str(tmp_path), "--out-dir", str(tmp_path / "runs")]
+    assert gsflow.command_line(gsflow.run, gsflow.Args, flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: cannot read {path}") and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_out_dir_that_is_a_file(gsflow, tmp_path, capsys):
+    (tmp_path / "runs").write_text("")
+    flags = [*BANDIT, "--offline-steps", "10", "--out-dir", str(tmp_path / "runs")]
+    assert gsflow.command_line(gsflow.run, gsflow.Args, flags) == 2
+    assert "choose --out-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--resume {run} --gamma 0.5", "--gamma was 0.99"),
+        ("--resume {run} --seed 5", "--seed was 0"),
+        ("--resume {run}", "is complete at step 400"),
+        ("--evaluate {run} --hidden-dims 9", "--hidden-dims was (8, 8)"),
+    ],
+)
+def test_flags_that_do_not_fit_a_run(gsflow, reference, capsys, flags, message):
+    before = sorted(path.name for path in reference.iterdir())
+    flags = flags.format(run=reference).split()
+    assert gsflow.command_line(gsflow.run, gsflow.Args, flags) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert sorted(path.name for path in reference.iterdir()) == before
+
+
+def test_checkpoint_of_another_method_or_network(gsflow, reference, tmp_path, capsys):
+    facts = json.loads((reference / "args.json").read_text())
+    for changes, message in (
+        ({"algo": "flowq"}, "is a run of flowq.py"),
+        ({"args": facts["args"] | {"actor_hidden_dims": [9]}}, "does not fit its args.json"),
+        ({"args": {}}, "damaged or of another version"),
+    ):
+        (tmp_path / "args.json").write_text(json.dumps(facts | changes))
+        checkpoint = (reference / "checkpoint.msgpack").read_bytes()
+        (tmp_path / "checkpoint.msgpack").write_bytes(checkpoint)
+        assert gsflow.command_line(gsflow.run, gsflow.Args, ["--evaluate", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
