@@ -269,7 +269,7 @@ def goal_cells(maze_map):
     cells, wall = [], maze_map == 1
     for i, j in np.argwhere(~wall):
         vertical, horizontal = wall[[i - 1, i + 1], j], wall[i, [j - 1, j + 1]]
-        if vertical.all() and not horizontal.any() or horizontal.all() and not vertical.any():
+        if (vertical.all() and not horizontal.any()) or (horizontal.all() and not vertical.any()):
             continue
         cells.append((int(i), int(j)))
     return cells

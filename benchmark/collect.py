@@ -1,0 +1,687 @@
+"""Collect an OGBench-format dataset locally, for machines that cannot download one.
+
+    python benchmark/collect.py antmaze-large        # antmaze-large-navigate-v0, 1M transitions
+    python benchmark/collect.py cube-double-task3 --num-transitions 200000
+    python benchmark/collect.py --describe ~/.ogbench/data/cube-single-play-v0.collected.npz
+
+The procedure is the one OGBench published for its own files (Park et al., 2025, and its generation
+scripts), run on the environments and scripted oracles of the installed `ogbench` package:
+
+  navigate  walk to a random junction, then to the next one, for the whole episode
+  stitch    walk to one cell four steps away and stay there
+  explore   follow a random direction, redrawn every 10 steps, with much action noise
+  play      one random sub-task after another by open-loop plans with smoothed noise
+  noisy     the same by closed-loop oracles with Gaussian noise and some random actions
+
+Differences from the official files: (1) the ant walks with a policy of our own, which reaches about
+2.9 goals per 1000 steps in antmaze-large and lies on its back at the end of 15% of the episodes;
+(2) every episode has a seed of its own, so the draws differ, whatever the number of workers.
+So a result on collected data is not a result on official data: the files are called
+`<dataset>.collected.npz` and `<dataset>.collected-val.npz`, and each says in its `metadata` entry
+(a JSON string) how it was made. Both are loaded by
+`ogbench.make_env_and_datasets(name, dataset_path=".../<dataset>.collected.npz")`.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import dataclasses
+import difflib
+import errno
+import fcntl
+import functools
+import importlib
+import importlib.metadata
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+# The directional ant policy: SAC, 300k steps on OGBench's online ant with a direction command.
+# Arrays w0, b0, w1, b1, w2, b2 (float32): 27 state entries (no xy) + 2 of the unit direction -> 256
+# -> 256 -> 8, tanh-GELU in between, tanh on the output.
+ANT_POLICY = Path(__file__).with_name("ant_expert.npz")
+DTYPES = {"terminals": np.bool_, "button_states": np.int64}  # every other array is float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    name: tyro.conf.Positional[str | None] = None
+    """Dataset or task: antmaze-large, cube-double-noisy, scene-play-v0, cube-double-task3, ..."""
+    num_transitions: int | None = None
+    """Transitions in the training file, rounded up to whole episodes (default: OGBench's size)."""
+    episode_length: int | None = None
+    """Transitions per episode (default: OGBench's length for this dataset)."""
+    dataset_dir: Path = Path("~/.ogbench/data")
+    """Directory of the two files."""
+    workers: int | None = None
+    """Simulator processes (default: all cores). The files do not depend on it."""
+    seed: int = 0
+    """Seed of the whole dataset."""
+    overwrite: bool = False
+    """Collect again although the files are there."""
+    describe: Path | None = None
+    """Collect nothing; report on this dataset file instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How OGBench made one of its datasets."""
+
+    env: str  # environment id without -v0
+    kind: str  # navigate, stitch, explore, play or noisy
+    episodes: int
+    length: int  # transitions per episode; an episode of n transitions has n + 1 rows
+    noise: float  # standard deviation of the action; of the plan (play); its upper bound (noisy)
+    p_random: float  # probability of a uniformly random action
+    p_stack: tuple[float, float]  # range, over episodes, of the probability to stack cubes
+
+    @property
+    def policy(self) -> str:
+        if self.env.startswith("antmaze"):
+            return ANT_POLICY.name
+        return "the direction itself" if "maze" in self.env else "oracles of the ogbench package"
+
+    @property
+    def dataset(self) -> str:
+        return f"{self.env}-{self.kind}-v0"
+
+
+MANIPULATION = {"cube-single": 1, "cube-double": 1, "cube-triple": 3, "cube-quadruple": 5}
+MANIPULATION |= {"scene": 1, "puzzle-3x3": 1, "puzzle-4x4": 1, "puzzle-4x5": 3, "puzzle-4x6": 5}
+NEVER = (0.0, 0.0)
+STACKING = {"cube-double": (0.0, 0.25), "cube-triple": (0.05, 0.35), "cube-quadruple": (0.1, 0.5)}
+
+
+def all_recipes() -> dict[str, Recipe]:
+    """Return every dataset that can be collected here, by full name."""
+    found = []
+    for body, noise in (("pointmaze", 0.5), ("antmaze", 0.2)):
+        for size in ("medium", "large", "giant", "teleport"):
+            episodes, length = (500, 2000) if size == "giant" else (1000, 1000)
+            found.append(Recipe(f"{body}-{size}", "navigate", episodes, length, noise, 0.0, NEVER))
+            found.append(Recipe(f"{body}-{size}", "stitch", 5000, 200, noise, 0.0, NEVER))
+            if body == "antmaze" and size != "giant":
+                found.append(Recipe(f"{body}-{size}", "explore", 10000, 500, 1.0, 0.0, NEVER))
+    for env, thousands in MANIPULATION.items():
+        p_random, p_stack = (0.2 if "puzzle" in env else 0.1), STACKING.get(env, NEVER)
+        found.append(Recipe(env, "play", thousands * 1000, 1000, 0.1, 0.0, p_stack))
+        found.append(Recipe(env, "noisy", thousands * 1000, 1000, 0.1, p_random, p_stack))
+    # OGBench offers this one in 100 parts; the default here is one part.
+    found.append(Recipe("cube-octuple", "play", 1000, 1000, 0.1, 0.0, (0.0, 0.35)))
+    return {recipe.dataset: recipe for recipe in found}
+
+
+NOT_COLLECTED = {
+    "humanoidmaze": "needs a trained humanoid walking policy, which this project does not have",
+    "antsoccer": "needs a trained policy for dribbling the ball, which this project does not have",
+    "visual": "has pixel observations, and only state observations are collected here",
+    "powderworld": "is not a maze or manipulation dataset, the only families collected here",
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """Resolve a short, full or single-task name; tasks share their dataset, so they are dropped."""
+    recipes = all_recipes()
+    for family, reason in NOT_COLLECTED.items():
+        if name.startswith(family):
+            fail(f"'{name}' {reason}.")
+    stem = re.sub(r"(-singletask|-oraclerep)?(-task[1-5])?(-v0)?$", "", name)
+    for kind in ("", "-navigate", "-play"):
+        if f"{stem}{kind}-v0" in recipes:
+            return recipes[f"{stem}{kind}-v0"]
+    known = [d.removesuffix("-v0") for d in recipes] + [r.env for r in recipes.values()]
+    close = difflib.get_close_matches(stem, dict.fromkeys(known), n=4, cutoff=0.4)
+    fail(f"Unknown dataset '{name}'; closest: {', '.join(close) or 'antmaze-large, cube-single'}.")
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Leave with one sentence on stderr: code 2 for bad input, 1 for what went wrong on the way."""
+    print(f"collect.py: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+# ---- episodes (these run in the worker processes) ----
+
+
+def run_episode(recipe: Recipe, seed: int, split: int, index: int, length: int):
+    """Collect episode `index` of split 0 (train) or 1 (val); a function of its arguments alone.
+
+    Returns (rows, goals): rows maps each key of the file to an array (length + 1, ...), goals is
+    the number of goals (navigate) or sub-tasks (manipulation) that were reached.
+    """
+    episode = maze_episode if "maze" in recipe.env else manipulation_episode
+    for attempt in itertools.count():
+        root = np.random.SeedSequence(seed, spawn_key=(split, index, attempt))
+        for_global, for_env, for_script = root.spawn(3)
+        np.random.seed(for_global.generate_state(4))  # maze noise, teleports and oracles draw here
+        env_seed = int(for_env.generate_state(1)[0])
+        log, goals = episode(recipe, np.random.default_rng(for_script), env_seed, length + 1)
+        rows = {key: np.asarray(log[key], DTYPES.get(key, np.float32)) for key in log}
+        rows["terminals"] = np.arange(length + 1) == length
+        if recipe.env != "scene" or cube_stays_visible(rows["qpos"][:, 14:17]):
+            return rows, goals
+
+
+def record(log: dict[str, list], ob, action, info: dict):
+    """Append one row: what was seen, what was done, and the simulator state before it."""
+    log["observations"].append(ob)
+    log["actions"].append(action)
+    for key in ("qpos", "qvel", "button_states"):
+        if f"prev_{key}" in info:
+            log[key].append(info[f"prev_{key}"])
+
+
+def make_env(env_name: str, **options):
+    """Make an OGBench environment without Gymnasium's wrappers: time limits are ours."""
+    os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is imported
+    import gymnasium
+    import ogbench  # noqa: F401  (registers the environments)
+
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # not a warning for every Box it casts
+    usual = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as tempfile.tempdir:  # mazes leave their XML file there
+        try:
+            return gymnasium.make(f"{env_name}-v0", disable_env_checker=True, **options).unwrapped
+        finally:
+            tempfile.tempdir = usual
+
+
+@functools.cache
+def maze_tools(env_name: str):
+    """Build, once per process, the maze, its policy and its cells.
+
+    Returns (env, policy, free, junctions, waypoint): policy(state, direction) -> action; lists of
+    cells (i, j), of which junctions are not the inside of a straight corridor;
+    waypoint(cell, goal_cell) -> xy (2,) of the next cell's centre on a shortest path.
+    """
+    env = make_env(env_name, terminate_at_goal=False)
+    wall = env.maze_map == 1
+    free = [tuple(map(int, cell)) for cell in np.argwhere(~wall)]
+
+    def corridor(i, j):
+        above, below, left, right = wall[i - 1, j], wall[i + 1, j], wall[i, j - 1], wall[i, j + 1]
+        return above == below and left == right and above != left
+
+    @functools.cache  # a breadth-first search per step would cost more than the point's physics
+    def waypoint(cell, goal):
+        return env.get_oracle_subgoal(env.ij_to_xy(cell), env.ij_to_xy(goal))[0]
+
+    policy = (lambda state, direction: direction) if "point" in env_name else load_ant_policy()
+    return env, policy, free, [cell for cell in free if not corridor(*cell)], waypoint
+
+
+def load_ant_policy():
+    """Return policy(state (29,), direction (2,)) -> action (8,) in [-1, 1]."""
+    with np.load(ANT_POLICY) as file:
+        w0, b0, w1, b1, w2, b2 = (file[key] for key in ("w0", "b0", "w1", "b1", "w2", "b2"))
+
+    def gelu(x):
+        inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)
+        return 0.5 * x * (1 + np.tanh(inner))
+
+    def policy(state, direction):
+        x = np.concatenate([state[2:], direction]).astype(np.float32)
+        return np.tanh(gelu(gelu(x @ w0 + b0) @ w1 + b1) @ w2 + b2)
+
+    return policy
+
+
+def maze_episode(recipe: Recipe, rng: np.random.Generator, env_seed: int, num_rows: int):
+    env, policy, free, junctions, waypoint = maze_tools(recipe.env)
+    start = free[rng.integers(len(free))]
+    goals = junctions
+    if recipe.kind == "stitch":
+        _, distance = env.get_oracle_subgoal(env.ij_to_xy(start), env.ij_to_xy(start))
+        goals = [cell for cell in free if distance[cell] == 4] or [start]
+    goal = goals[rng.integers(len(goals))]
+    env.action_space.seed(env_seed)
+    task = {"init_ij": start, "goal_ij": goal}
+    ob, _ = env.reset(seed=env_seed, options={"task_info": task})
+
+    log, reached = collections.defaultdict(list), 0
+    for step in range(num_rows):
+        if recipe.kind != "explore":
+            xy = env.get_xy()
+            direction = waypoint(env.xy_to_ij(xy), goal) - xy
+        elif step % 10 == 0:
+            direction = rng.standard_normal(2)
+        direction = direction / (np.linalg.norm(direction) + 1e-6)
+        action = policy(env.get_ob(), direction)
+        action = np.clip(action + rng.normal(0, recipe.noise, action.shape), -1, 1)
+        next_ob, _, _, _, info = env.step(action)
+        if info["success"] and recipe.kind == "navigate":
+            reached += 1
+            goal = goals[rng.integers(len(goals))]
+            env.set_goal(goal_xy=env.add_noise(env.ij_to_xy(goal)))
+        record(log, ob, action, info)
+        ob = next_ob
+    return log, reached
+
+
+@functools.cache
+def manipulation_tools(env_name: str, kind: str):
+    """Build, once per process, the arm environment and one oracle for each kind of sub-task.
+
+    Returns (env, oracles, forget); forget() removes what an episode leaves behind in env.
+    """
+    env = make_env(env_name, terminate_at_goal=False, mode="data_collection")
+    # The first reset compiles the model and sets its gains only afterwards, so it leaves another
+    # solver warm start than later resets. Spend it here: no episode may depend on the one before.
+    env.reset(seed=0)
+    style, options = "plan", {"noise": 0.1, "noise_smoothing": 0.5}
+    if kind == "noisy":
+        style, options = "markov", {"min_norm": 0.4}
+    oracles = {}
+    for task in ("cube", "button", "drawer", "window"):
+        module = importlib.import_module(f"ogbench.manipspace.oracles.{style}.{task}_{style}")
+        oracle_class = getattr(module, f"{task.title()}{style.title()}Oracle")
+        closed = "puzzle" in env_name and task == "button"
+        oracles[task] = oracle_class(
+            env=env, **options, **({"gripper_always_closed": True} if closed else {})
+        )
+    # A reset keeps the targets of sub-tasks that it does not draw, and the oracles look at them.
+    left = [key for key in vars(env) if key.startswith(("_target_", "_cur_button"))]
+    kept = copy.deepcopy({key: vars(env)[key] for key in left})
+    sites, damping = env.model.site_pos.copy(), env.model.dof_damping.copy()
+
+    def forget():
+        vars(env).update(copy.deepcopy(kept))
+        env.model.site_pos[:], env.model.dof_damping[:] = sites, damping
+
+    return env, oracles, forget
+
+
+def manipulation_episode(recipe: Recipe, rng: np.random.Generator, env_seed: int, num_rows: int):
+    env, oracles, forget = manipulation_tools(recipe.env, recipe.kind)
+    forget()
+    ob, info = env.reset(seed=env_seed)
+    p_stack = rng.uniform(*recipe.p_stack)
+    scale = rng.uniform(0, recipe.noise) * np.array([1, 1, 1, 3, 10])  # xyz, yaw, gripper
+    oracle = oracles[info["privileged/target_task"]]
+    oracle.reset(ob, info)
+
+    log, reached = collections.defaultdict(list), 0
+    for _ in range(num_rows):
+        if rng.random() < recipe.p_random:
+            action = rng.uniform(-1, 1, 5)
+        else:
+            action = np.asarray(oracle.select_action(ob, info))
+            if recipe.kind == "noisy":
+                action = action + rng.normal(0, scale)
+        action = np.clip(action, -1, 1)
+        next_ob, _, _, _, info = env.step(action)
+        if oracle.done:
+            reached += bool(info["success"])
+            target_ob, target_info = env.set_new_target(p_stack=p_stack)
+            oracle = oracles[target_info["privileged/target_task"]]
+            oracle.reset(target_ob, target_info)
+        record(log, ob, action, info)
+        ob = next_ob
+    return log, reached
+
+
+def cube_stays_visible(xyz: np.ndarray) -> bool:
+    """Tell whether the cube, xyz (rows, 3), left the view nowhere but in the drawer."""
+    y, z = xyz[:, 1], xyz[:, 2]
+    return not np.any((y >= 0.29) | ((y <= -0.3) & ((z < 0.06) | (z > 0.08))))
+
+
+# ---- the pool ----
+
+
+def start_worker():
+    """End this worker when the parent dies, even by SIGKILL; otherwise it would wait for ever."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def collect(recipe: Recipe, seed: int, episodes, length: int, workers: int, directory: Path):
+    """Run `episodes` (train, val) in worker processes; returns ((train, val), [goals, goals]).
+
+    train and val map each key to an array (episodes * (length + 1), ...), filled in place in
+    episode order as results arrive, so memory peaks at little more than the data itself.
+    """
+    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # one core a worker
+    spawn = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=start_worker)
+    jobs = ((split, index) for split in (0, 1) for index in range(episodes[split]))
+    rows = length + 1
+    data, goals = ({}, {}), [0, 0]
+
+    def submit(number):
+        return [
+            (*job, pool.submit(run_episode, recipe, seed, *job, length))
+            for job in itertools.islice(jobs, number)
+        ]
+
+    try:
+        # Workers inherit the ignored signal: Ctrl-C is handled here, without their tracebacks.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        running = collections.deque(submit(3 * workers))
+        signal.signal(signal.SIGINT, handler)
+        with progress(sum(episodes) * rows, recipe.dataset) as advance:
+            while running:
+                split, index, future = running.popleft()
+                episode, reached = future.result()
+                if split == index == 0:
+                    size = sum(episodes) * sum(array.nbytes for array in episode.values())
+                    if shutil.disk_usage(directory).free < size // 2:  # compression saves less
+                        fail(f"{size / 1e9:.1f} GB of data will not fit into {directory}.", 1)
+                for key, array in episode.items():
+                    if key not in data[split]:
+                        shape = (episodes[split] * rows, *array.shape[1:])
+                        data[split][key] = np.empty(shape, array.dtype)
+                    data[split][key][index * rows : (index + 1) * rows] = array
+                goals[split] += reached
+                running.extend(submit(1))
+                advance(rows)
+    except concurrent.futures.process.BrokenProcessPool:
+        fail("a worker process died (out of memory?); try fewer --workers.", 1)
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return data, goals
+
+
+@contextlib.contextmanager
+def progress(total: int, label: str):
+    """Yield advance(n): a bar with its ETA on a terminal, else a line about every ten seconds."""
+    quiet = not sys.stderr.isatty()
+    bar = tqdm(total=total, desc=label, unit=" transitions", unit_scale=True, disable=quiet)
+    done, start = 0, time.monotonic()
+    last = start
+
+    def advance(n: int):
+        nonlocal done, last
+        done, now = done + n, time.monotonic()
+        bar.update(n)
+        if quiet and now - last > 10 and done < total:
+            last, speed = now, done / (now - start)
+            status = f"{done:,} of {total:,} transitions, {speed:,.0f}/s"
+            left = (total - done) / speed / 60
+            print(f"{label}: {status}, {left:.1f} min left", file=sys.stderr, flush=True)
+
+    with bar:
+        yield advance
+
+
+# ---- files ----
+
+
+def temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+@contextlib.contextmanager
+def claimed(path: Path):
+    """Hold `path`.tmp under a lock, so that two runs never collect the same file at once.
+
+    The kernel drops the lock of a killed process, and the next run overwrites its leftover.
+    """
+
+    def still_named():  # or has another run renamed or removed what was opened here?
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.stat(temporary(path)), os.fstat(file.fileno()))
+
+    while True:
+        # Neither truncate nor append: another process may be writing this very file.
+        file = os.fdopen(os.open(temporary(path), os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"collect.py: waiting for another run that collects {path}", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: go on without one
+        if still_named():
+            break
+        file.close()
+    try:
+        yield file
+    finally:
+        if still_named():
+            temporary(path).unlink()
+        file.close()
+
+
+def write_pair(paths: tuple[Path, Path], file, parts: list[dict]):
+    """Write train (into the claimed `file`) and val completely, then give both their names.
+
+    The training file goes first and appears last: where it exists, both are complete.
+    """
+    try:
+        file.truncate(0)
+        with open(temporary(paths[1]), "wb") as val_file:
+            for handle, part in ((val_file, parts[1]), (file, parts[0])):
+                np.savez_compressed(handle, **part)
+                handle.flush()
+                os.fsync(handle.fileno())
+        paths[0].unlink(missing_ok=True)
+        os.replace(temporary(paths[1]), paths[1])
+        os.replace(temporary(paths[0]), paths[0])
+    finally:
+        temporary(paths[1]).unlink(missing_ok=True)
+
+
+BAD_ZIP = (zipfile.BadZipFile, zlib.error)
+
+
+@contextlib.contextmanager
+def readable(path: Path):
+    """Turn what an unreadable or broken dataset file raises into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror or error}.")
+    except (ValueError, TypeError, AttributeError, IndexError, EOFError, *BAD_ZIP):
+        fail(f"cannot read {path}: it is not a complete .npz dataset.")
+
+
+def read_metadata(path: Path) -> dict:
+    """Return the metadata of a collected file, {} for an official one."""
+    with readable(path), np.load(path) as file:
+        if missing := {"observations", "actions", "terminals", "qpos"} - set(file.files):
+            fail(f"{path} is not an OGBench dataset: it has no '{min(missing)}'.")
+        return json.loads(file["metadata"].item()) if "metadata" in file.files else {}
+
+
+# ---- report ----
+
+
+def describe(path: Path) -> dict:
+    """Print what is in a dataset file and how each single task fares in it; returns the numbers."""
+    metadata = read_metadata(path)
+    name = metadata.get("dataset", re.sub(r"(-val)?\.npz$", "", path.name))
+    if name not in all_recipes():
+        fail(f"cannot tell which dataset {path} is: '{name}' is not a known name.")
+    env_name = all_recipes()[name].env
+    import ogbench
+    from ogbench.relabel_utils import relabel_dataset
+
+    with readable(path):
+        data = ogbench.load_dataset(path, add_info=True)
+    starts = np.concatenate([[0], np.flatnonzero(data["terminals"])[:-1] + 1])
+    size = len(data["observations"])
+    if size == 0:
+        fail(f"{path} has no transitions.")
+    lengths = np.diff(starts, append=size)
+    report = {"dataset": name, "transitions": size, "episodes": len(starts), "tasks": {}}
+    print(f"{path}: {name}, {path.stat().st_size / 1e6:.1f} MB")
+    for key in sorted(metadata.keys() - {"dataset"}):
+        print(f"  {key}: {json.dumps(metadata[key])}")
+    print(f"  {size:,} transitions, {len(starts):,} episodes of {lengths.min()} to {lengths.max()}")
+    for key in ("observations", "actions"):
+        report[key] = low, high = float(data[key].min()), float(data[key].max())
+        note = "" if np.isfinite(low + high) else ", SOME OF THEM NOT FINITE"
+        print(f"  {key}: {data[key].shape[1]} entries in [{low:.3f}, {high:.3f}]{note}")
+
+    print("  after OGBench's relabelling (undiscounted returns of whole episodes):")
+    print("  task | transitions at the goal | episodes that reach it | best return | mean return")
+    for task in range(1, 6):
+        env = make_env(f"{env_name}-singletask-task{task}")
+        relabel_dataset(env_name, env, data)
+        at_goal = data["masks"] == 0
+        returns = np.add.reduceat(data["rewards"].astype(np.float64), starts)
+        share, best, mean = float(at_goal.mean()), float(returns.max()), float(returns.mean())
+        reached = int(np.logical_or.reduceat(at_goal, starts).sum())
+        report["tasks"][task] = {"share": share, "reached": reached, "best": best, "mean": mean}
+        print(f"  {task:4d} | {share:23.3%} | {reached:22,} | {best:11,.0f} | {mean:11,.1f}")
+    if "maze" in env_name:
+        plot_coverage(data["qpos"][:, :2], env, path.with_suffix(".png"), path.name)
+    return report
+
+
+def plot_coverage(xy: np.ndarray, env, png: Path, title: str):
+    """Draw how often each square of 0.5 x 0.5 was visited; xy: (transitions, 2)."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("collect.py: matplotlib is not installed, so no picture.", file=sys.stderr)
+        return
+    rows, columns = env.maze_map.shape
+    (x0, y0), (x1, y1) = env.ij_to_xy((-0.5, -0.5)), env.ij_to_xy((rows - 0.5, columns - 0.5))
+    edges = np.arange(x0, x1 + 0.5, 0.5), np.arange(y0, y1 + 0.5, 0.5)
+    counts = np.histogram2d(xy[:, 0], xy[:, 1], edges)[0].T  # (y, x)
+    walls = np.kron(env.maze_map, np.ones((8, 8))) == 1  # a cell is 4 x 4
+    print(f"  coverage: {np.mean(counts[~walls] > 0):.1%} of the free area; picture: {png}")
+    figure, axes = plt.subplots(figsize=(10, 10 * rows / columns))
+    place = {"extent": (x0, x1, y0, y1), "origin": "lower"}
+    axes.imshow(np.where(walls, 0.6, 1.0), cmap="gray", vmin=0, vmax=1, **place)
+    visits = np.ma.masked_equal(counts, 0)
+    image = axes.imshow(visits, norm="log", cmap="viridis", **place)
+    figure.colorbar(image, label="transitions", shrink=0.8)
+    axes.set(title=title, xlabel="x", ylabel="y")
+    try:
+        figure.savefig(png, dpi=100, bbox_inches="tight")
+    except OSError as error:
+        fail(f"cannot write {png}: {error.strerror}.")
+    finally:
+        plt.close(figure)
+
+
+# ---- command line ----
+
+
+def provenance(recipe: Recipe) -> dict:
+    packages = ("ogbench", "mujoco", "gymnasium", "numpy")
+    procedure = {key: getattr(recipe, key) for key in ("kind", "noise", "p_random", "p_stack")}
+    return {
+        "dataset": recipe.dataset,
+        "source": "collected",
+        "procedure": procedure | {"policy": recipe.policy},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def make_dataset(args: Args):
+    if args.name is None:
+        fail("which dataset? For example: python benchmark/collect.py antmaze-large")
+    recipe = find_recipe(args.name)
+    for field, low in {"num_transitions": 1, "episode_length": 1, "workers": 1, "seed": 0}.items():
+        if (value := getattr(args, field)) is not None and value < low:
+            fail(f"--{field.replace('_', '-')} must be at least {low}, not {value}.")
+    if recipe.policy == ANT_POLICY.name and not ANT_POLICY.is_file():
+        fail(f"the ant policy {ANT_POLICY} is missing; copy it from the repository.")
+
+    length = args.episode_length or recipe.length
+    num_train = -(-(args.num_transitions or recipe.episodes * recipe.length) // length)
+    episodes = (num_train, max(1, num_train // 10))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(args.workers or cores, sum(episodes))
+    directory = args.dataset_dir.expanduser()
+    stem = directory / f"{recipe.dataset}.collected"
+    paths = (Path(f"{stem}.npz"), Path(f"{stem}-val.npz"))
+
+    def leave_if_there():
+        if all(path.exists() for path in paths) and not args.overwrite:
+            there = read_metadata(paths[0])
+            what = f"{there.get('transitions', 0):,} transitions, seed {there.get('seed')}"
+            print(f"{paths[0]} is already there ({what}); --overwrite replaces it.")
+            raise SystemExit(0)
+
+    leave_if_there()
+    with contextlib.ExitStack() as stack:
+        # A batch system's stop is treated like Ctrl-C.
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        stack.callback(signal.signal, signal.SIGTERM, previous)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(claimed(paths[0]))
+        except OSError as error:
+            why = error.strerror if directory.is_dir() else f"not a directory ({error.strerror})"
+            fail(f"cannot write to --dataset-dir {directory}: {why}.")
+        leave_if_there()  # another run may have finished while this one waited
+        what = f"{episodes[0]:,} + {episodes[1]:,} episodes (train + val) of {length:,} transitions"
+        print(f"Collecting {recipe.dataset}: {what}, {workers} workers.", flush=True)
+        start = time.monotonic()
+        data, goals = collect(recipe, args.seed, episodes, length, workers, directory)
+        seconds = time.monotonic() - start
+        for split, part in enumerate(data):
+            facts = {
+                "split": ("train", "val")[split],
+                "seed": args.seed,
+                "episodes": episodes[split],
+                "episode_length": length,
+                "transitions": episodes[split] * length,
+            }
+            if recipe.kind not in ("stitch", "explore"):
+                facts["goals_reached"] = goals[split]
+            part["metadata"] = np.array(json.dumps(provenance(recipe) | facts))
+        write_pair(paths, file, data)
+    for path in paths:
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    rate = 1000 * goals[0] / (episodes[0] * length)
+    speed = sum(episodes) * (length + 1) / seconds
+    print(f"{speed:,.0f} transitions/s with {workers} workers.")
+    if goals[0]:
+        print(f"{rate:.2f} goals (sub-tasks) reached per 1000 steps.")
+
+
+def main(argv: list[str] | None = None):
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    try:
+        if args.describe is not None:
+            describe(args.describe.expanduser())
+        else:
+            make_dataset(args)
+    except KeyboardInterrupt:
+        fail("interrupted; no file was written.", 130)
+    except MemoryError:
+        fail("not enough memory; ask for fewer --num-transitions.", 1)
+    except ImportError as error:
+        fail(f"{error}; install the packages of requirements.txt.", 1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        fail(f"cannot write the dataset ({error.strerror}); no file was kept.", 1)
+
+
+if __name__ == "__main__":
+    main()
