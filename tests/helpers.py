@@ -1,0 +1,75 @@
+"""What several test files share: settings of tiny runs, and the pieces that a run is made of."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FQL = dict(prior="gaussian", student="deterministic")
+TINY = dict(hidden_dims=(8, 8), prior_hidden_dims=(8,), batch_size=16, num_candidates=3)
+
+
+def resolved(gsflow, act_dim, **flags):
+    """(task, args) as the script resolves them, target entropy included."""
+    flags = dict(env_id="multi-crescent") | flags
+    task = gsflow.parse_task(flags["env_id"], gsflow.OTHER_TASKS)
+    args = gsflow.resolve(gsflow.Args(**flags), task)
+    return task, gsflow.fill(args, target_entropy=-args.target_entropy_scale * act_dim)
+
+
+def small_args(gsflow, act_dim=2, **flags):
+    """Resolved arguments of a run with tiny networks."""
+    return resolved(gsflow, act_dim, **(TINY | flags))[1]
+
+
+def make_settings(gsflow, args, online=False):
+    """The phase's traced scalars in the default float type."""
+    alpha = args.online_alpha if online else args.alpha
+    temperature = args.online_td_temperature if online else args.offline_td_temperature
+    return gsflow.PhaseSettings(jnp.asarray(float(alpha)), jnp.asarray(float(temperature)))
+
+
+def make_state(gsflow, args, obs_dim, act_dim, seed=0):
+    """A fresh state in the default float type (float64 where that is enabled)."""
+    dtype = jnp.zeros(()).dtype
+    zeros, ones = jnp.zeros(obs_dim), jnp.ones(obs_dim)
+    init = jax.jit(lambda seed: gsflow.init_state(args, obs_dim, act_dim, zeros, ones, seed))
+    state = init(jnp.int32(seed))
+    is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: x.astype(dtype) if is_float(x) else x, state)
+
+
+def random_params(params, seed=0, scale=0.3):
+    """Move every parameter, biases included, away from its special initial value."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), params
+    )
+
+
+def random_batch(obs_dim, act_dim, batch_size, seed=0):
+    """What `sample` returns, at random."""
+    rng, shape = np.random.default_rng(seed), (batch_size, obs_dim)
+    batch = dict(
+        obs=rng.normal(size=shape),
+        actions=rng.uniform(-1, 1, (batch_size, act_dim)),
+        returns=rng.normal(size=batch_size),
+        discounts=0.99 * (rng.random(batch_size) < 0.7),
+        next_obs=rng.normal(size=shape),
+    )
+    return {k: jnp.asarray(v, jnp.zeros(()).dtype) for k, v in batch.items()}
+
+
+def make_carry(gsflow, args, data, nets, settings):
+    """The carry with which a run starts: states of all seeds and sums of metrics."""
+    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
+    state = gsflow.start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
+    one = jax.tree.map(lambda x: x[0], state)
+    inputs = (data, settings, nets, args)
+    _, metrics = jax.eval_shape(lambda s: gsflow.sample_and_update({"state": s}, *inputs), one)
+    return dict(state=state, sums=jax.vmap(lambda seed: gsflow.zero_sums(metrics))(state.seed))
+
+
+def with_changes(args, **changes):
+    return dataclasses.replace(args, **changes)

@@ -1,0 +1,255 @@
+"""Learning: probe problems whose values are known in closed form, and the paper's toy task."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import FQL, make_carry, make_settings, resolved
+
+GAMMA = 0.8
+METHODS = {"gsflow": {}, "fql": FQL}
+LEARNER = dict(
+    hidden_dims=(32, 32), prior_hidden_dims=(32,), batch_size=64, learning_rate=2e-3, tau=0.05,
+    gamma=GAMMA, alpha=0.1, flow_steps=5, num_candidates=4, num_seeds=2,
+)  # fmt: skip
+
+
+# ---- probe problems ----
+
+
+def probe(reward, mask, next_obs=None, size=400):
+    """Rows with obs +-1 and uniform actions; reward and mask are functions of (obs, action)."""
+    rng = np.random.default_rng(0)
+    obs, action = rng.choice([-1.0, 1.0], size), rng.uniform(-1, 1, size)
+    column = lambda x: np.broadcast_to(x, size)[:, None].astype(np.float32)
+    raw = dict(observations=column(obs), actions=column(action))
+    raw["next_observations"] = column(obs if next_obs is None else next_obs(obs))
+    raw["rewards"] = np.broadcast_to(reward(obs, action), size).astype(np.float32)
+    raw["masks"] = np.broadcast_to(mask(obs), size).astype(np.float32)
+    return raw | dict(terminals=np.ones(size, np.float32))
+
+
+def chain(num_episodes=200):
+    """Episodes of two rows: from -1 to +1 for nothing, then reward 1 and the end."""
+    rows = 2 * num_episodes
+    raw = dict(observations=np.tile([[-1.0], [1.0]], (num_episodes, 1)))
+    raw |= dict(next_observations=np.ones((rows, 1)))
+    raw |= dict(actions=np.random.default_rng(0).uniform(-1, 1, (rows, 1)))
+    step = np.tile([0.0, 1.0], num_episodes)
+    raw |= dict(rewards=step, masks=1 - step, terminals=step)
+    return {k: v.astype(np.float32) for k, v in raw.items()}
+
+
+@functools.cache
+def program(gsflow, method):
+    """(args, networks, dispatch): one compiled program for all probes of a method."""
+    _, args = resolved(gsflow, 1, **LEARNER, **METHODS[method])
+    nets = gsflow.make_networks(args, 1)
+
+    def learn(carry, data, settings):
+        return gsflow.gradient_step(carry, data, settings, nets, args)
+
+    return args, nets, gsflow.Program(learn, None, make_settings(gsflow, args))
+
+
+def values_and_modes(gsflow, method, state, obs, actions):
+    """Q (seeds, members, M) at M pairs, and 64 student actions (seeds, M, 64) at T = 0."""
+    args, nets, _ = program(gsflow, method)
+    obs, actions = np.float32(obs)[:, None], np.float32(actions)[:, None]
+    keys = jax.random.split(jax.random.key(0), 64)
+
+    def one_seed(state):
+        act = lambda obs, key: gsflow.policy(state, obs, key, 0.0, nets, args, 1)
+        modes = jax.vmap(jax.vmap(act, (None, 0)), (0, None))(obs, keys)
+        return nets.critic(state.params["critic"], obs, actions), modes[..., 0]
+
+    return jax.device_get(jax.jit(jax.vmap(one_seed))(state))
+
+
+def learn_probe(gsflow, method, raw, steps, n_step=1):
+    """(state before, state after) training both seeds on the rows."""
+    args, nets, dispatch = program(gsflow, method)
+    data = gsflow.device_data(raw, n_step, GAMMA)
+    dispatch.inputs = (data, dispatch.inputs[1])
+    carry = make_carry(gsflow, args, data, nets, dispatch.inputs[1])
+    before = jax.tree.map(jnp.copy, carry["state"])
+    return before, dispatch(carry, steps)["state"]
+
+
+def check_values(gsflow, method, states, obs, actions, expected, tolerance=0.1):
+    """The learned Q of both members and seeds; the untrained networks are far from it."""
+    before, after = (values_and_modes(gsflow, method, s, obs, actions) for s in states)
+    assert np.abs(after[0] - np.asarray(expected)).max() < tolerance, after[0]
+    assert np.abs(before[0] - np.asarray(expected)).max() > 3 * tolerance
+    return before[1], after[1]
+
+
+OBS, ACTIONS = [-1, -1, -1, 1, 1, 1], [-0.8, 0, 0.8, -0.8, 0, 0.8]
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+@methods
+def test_constant_reward(gsflow, method):
+    raw = probe(lambda s, a: 1.0, lambda s: 0.0)
+    states = learn_probe(gsflow, method, raw, 600)
+    check_values(gsflow, method, states, OBS, ACTIONS, 1.0)
+
+
+@methods
+def test_reward_of_the_observation(gsflow, method):
+    raw = probe(lambda s, a: s, lambda s: 0.0)
+    states = learn_probe(gsflow, method, raw, 600)
+    check_values(gsflow, method, states, OBS, ACTIONS, OBS)
+
+
+@methods
+@pytest.mark.parametrize("n_step", [1, 2])
+def test_two_step_chain(gsflow, method, n_step):
+    """Q(s1) = 1 and Q(s0) = gamma, by bootstrapping or in one window."""
+    states = learn_probe(gsflow, method, chain(), 1_000, n_step)
+    expected = np.where(np.asarray(OBS) < 0, GAMMA, 1.0)
+    check_values(gsflow, method, states, OBS, ACTIONS, expected, tolerance=0.08)
+
+
+@methods
+def test_endless_reward(gsflow, method):
+    """Reward 1 for ever, cut by time limits alone: Q = 1 / (1 - gamma) = 5."""
+    raw = probe(lambda s, a: 1.0, lambda s: 1.0)
+    states = learn_probe(gsflow, method, raw, 1_500)
+    check_values(gsflow, method, states, OBS, ACTIONS, 5.0, tolerance=0.3)
+
+
+@methods
+def test_reward_of_the_action(gsflow, method):
+    """Best action 0.5: the student goes there, whatever its noise."""
+    raw = probe(lambda s, a: 1 - (a - 0.5) ** 2, lambda s: 0.0)
+    states = learn_probe(gsflow, method, raw, 2_000)
+    actions = [-0.8, 0, 0.5, 0.8, -0.5, 0.5]
+    expected = 1 - (np.asarray(actions) - 0.5) ** 2
+    before, after = check_values(gsflow, method, states, OBS, actions, expected, 0.15)
+    assert np.abs(after - 0.5).max() < 0.3 and np.abs(after.mean(-1) - 0.5).max() < 0.15, after
+    assert np.abs(before.mean(-1) - 0.5).max() > 0.3
+
+
+@methods
+def test_reward_of_both(gsflow, method):
+    """Best action s / 2, and a second step whose value is that of the best action."""
+    raw = probe(lambda s, a: 1 - (a - s / 2) ** 2, lambda s: (s < 0) * 1.0, lambda s: -s)
+    states = learn_probe(gsflow, method, raw, 2_500)
+    obs, actions = np.asarray(OBS), np.asarray([-0.8, -0.5, 0.5, -0.5, 0.5, 0.8])
+    expected = 1 - (actions - obs / 2) ** 2 + GAMMA * (obs < 0)
+    before, after = check_values(gsflow, method, states, obs, actions, expected, 0.2)
+    best = obs[:, None] / 2
+    assert np.abs(after - best).max() < 0.35, after
+    assert np.abs(after.mean(-1) - best[:, 0]).max() < 0.2, after
+    assert np.abs(before.mean(-1) - best[:, 0]).max() > 0.4
+
+
+# ---- the Q-guided prior alone ----
+
+
+def test_prior_alone(gsflow):
+    """With a score of raw noise, decoded noise gathers around the best point (0.5, 0)."""
+    _, args = resolved(gsflow, 2, prior_hidden_dims=(64,))
+    best, obs = jnp.asarray([0.5, 0.0]), jnp.zeros((256, 2))
+
+    def score(params, obs, x):
+        q = -((x - best) ** 2).sum(axis=-1)
+        return jnp.stack([q, q])
+
+    nets = gsflow.make_networks(args, 2)._replace(critic=score)
+    params = gsflow.init_params(args, 2, 2, jax.random.key(0))
+    params = {"encoder": params["encoder"], "decoder": params["decoder"], "critic": None}
+    adam = optax.adam(3e-4)
+
+    def choose(key):
+        noises = jax.random.normal(key, (10, 256, 2))
+        return gsflow.select_noise(params, nets, obs, noises, noises, "mean")
+
+    def step(i, loop):
+        params, moments = loop
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
+        x_adv, xi = choose(keys[0]), jax.random.normal(keys[1], (256, 3))
+        loss = lambda p: gsflow.prior_loss(p, nets, args, {"obs": obs}, x_adv, xi)[0]
+        updates, moments = adam.update(jax.grad(loss)(params), moments)
+        return optax.apply_updates(params, updates), moments
+
+    train = jax.jit(lambda p: jax.lax.fori_loop(0, 1_000, step, (p, adam.init(p)))[0])
+    distance = lambda x: float(((x - best) ** 2).sum(-1).mean())
+    many = jnp.zeros((20_000, 2))
+
+    def decoded(params):
+        return distance(gsflow.sample_prior(params, nets, many, 2, 3, jax.random.key(2)))
+
+    chosen = np.mean([distance(choose(jax.random.key(i))) for i in range(40)])
+    assert abs(chosen - 0.227) < 0.01  # best of ten
+    assert abs(distance(jax.random.normal(jax.random.key(4), many.shape)) - 2.25) < 0.06
+    trained = train(params)
+    assert decoded(trained) < 0.5, decoded(trained)
+
+
+# ---- the paper's toy ----
+
+
+class Toy:
+    """Seeds of multi-crescent through the script's own phases."""
+
+    def __init__(self, gsflow, **flags):
+        flags = dict(n_step=1, hidden_dims=(64, 64), eval_episodes=1_000) | flags
+        self.task, self.args = resolved(gsflow, 2, **flags)
+        self.gsflow, self.nets = gsflow, gsflow.make_networks(self.args, 2)
+        self.env = gsflow.make_jax_env(self.task, self.args)
+        raw = gsflow.crescent_dataset(seed=0)
+        self.data = gsflow.device_data(raw, self.args.n_step, self.args.gamma)
+        self.phases = gsflow.make_phases(self.task, self.env, self.data, self.nets, self.args)
+        settings = self.phases[0].advance.inputs[1]
+        self.carry = make_carry(gsflow, self.args, self.data, self.nets, settings)
+
+    def run(self, index):
+        phase = self.phases[index]
+        self.carry = phase.advance(phase.enter(self.carry), phase.end - phase.start)
+        return self.carry["state"]
+
+    def rewards(self):
+        """Mean reward of each seed over 1,000 actions at T = 0."""
+        choose = self.gsflow.evaluation_policy(self.nets, self.args, 2)
+        evaluate = self.gsflow.make_evaluate(self.task, self.env, choose, self.args)
+        return evaluate(self.carry["state"], 0)["return"].mean(axis=1)
+
+
+def test_fql_on_the_toy(gsflow):
+    flags = dict(num_seeds=4, alpha=10.0, online_alpha=1.0, **FQL)
+    toy = Toy(gsflow, offline_steps=2_000, online_steps=2_000, **flags)
+    assert toy.rewards().max() < 5  # untrained; uniform actions earn 2.99
+    toy.run(0)
+    state = toy.run(1)
+    assert (np.asarray(state.step) == 4_000).all()
+    assert (np.asarray(toy.carry["replay"]["added"]) == 2_000).all()
+    assert (np.asarray(toy.carry["sums"]["episodes"]) == 2_000).all()
+    assert toy.rewards().min() >= 7, toy.rewards()
+
+
+def test_gsflow_on_the_toy(gsflow):
+    """Two seeds, because four take minutes more; the averages over four pass as well."""
+    flags = dict(num_seeds=2, alpha=10.0, online_alpha=10.0)
+    toy = Toy(gsflow, offline_steps=2_000, online_steps=6_000, **flags)
+    nets, flow_steps, obs = toy.nets, toy.args.flow_steps, jnp.zeros((2_000, 2))
+
+    def gap(state):
+        """Mean Q of the teacher's actions for decoded noise, minus that for N(0, I)."""
+        keys, params = jax.random.split(jax.random.key(0)), state.params
+        decoded = gsflow.sample_prior(params, nets, obs, 2, 3, keys[0])
+        q = []
+        for x in (decoded, jax.random.normal(keys[1], (2_000, 2))):
+            action = gsflow.flow_endpoint(params, nets, obs, x, flow_steps)
+            q.append(nets.critic(params["critic"], obs, action).mean())
+        return q[0] - q[1]
+
+    gaps = np.asarray(jax.jit(jax.vmap(gap))(toy.run(0)))
+    assert gaps.mean() > 0.2, gaps
+    state = toy.run(1)
+    assert (np.asarray(state.step) == 8_000).all()
+    assert toy.rewards().mean() >= 5.5, toy.rewards()
