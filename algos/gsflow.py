@@ -834,11 +834,12 @@ def insert(replay, new_rows):
     return dict(rows=rows, added=replay["added"] + num_rows)
 
 
-def sample(key, data, replay, batch_size, n, gamma, buffer_size=0, stride=1, balanced=False):
+def sample(key, data, replay, batch_size, n, gamma, buffer_size, stride=1, balanced=False):
     """Batch of obs, actions, returns, discounts, next_obs, i.i.d. with replacement.
 
     Without a replay: uniform over the dataset. With one: uniform over both as one first-in
-    first-out pool of `buffer_size` rows (dataset rows leave first), or half and half if `balanced`.
+    first-out pool of `buffer_size` rows (dataset rows leave first, and it always holds the dataset
+    and one row more), or half dataset and half online rows if `balanced`.
     """
     num_data = data["returns"].shape[0]
     if replay is None:
@@ -847,12 +848,12 @@ def sample(key, data, replay, batch_size, n, gamma, buffer_size=0, stride=1, bal
     rows, added = replay["rows"], replay["added"]
     capacity = rows["rewards"].shape[0]
     num_online = jnp.minimum(added, capacity)
-    dropped = jnp.clip(num_data + added - buffer_size, 0, num_data)
+    dropped = jnp.clip(num_data + added - max(buffer_size, num_data + 1), 0, num_data)
     num_live = num_data - dropped
     draw_key, part_key = jax.random.split(key)
     if balanced:
         online = (jnp.arange(batch_size) < batch_size // 2) & (added > 0)
-        offline_index = jax.random.randint(draw_key, (batch_size,), dropped, num_data)
+        offline_index = jax.random.randint(draw_key, (batch_size,), 0, num_data)
         online_index = jax.random.randint(part_key, (batch_size,), 0, jnp.maximum(num_online, 1))
     else:
         draw = jax.random.randint(draw_key, (batch_size,), 0, num_live + num_online)
@@ -1612,7 +1613,8 @@ def train_loop(run, carry, phases, evaluate, args):
     for phase in (p for p in phases if run.step < p.end):
         if run.step == phase.start:
             carry = phase.enter(carry)
-        bar = tqdm(total=phase.end, initial=run.step, desc=phase.name, unit="step")
+        quiet = not sys.stderr.isatty()
+        bar = tqdm(total=phase.end, initial=run.step, desc=phase.name, unit="step", disable=quiet)
         rate, log_seconds, said = 8.0, 0.0, time.perf_counter()
         while run.step < phase.end:
             target = min([phase.end] + [(run.step // m + 1) * m for m in intervals])
@@ -1624,7 +1626,7 @@ def train_loop(run, carry, phases, evaluate, args):
             before, run.step, rate = run.step, run.step + n * phase.stride, n / seconds
             run.train_seconds, log_seconds = run.train_seconds + seconds, log_seconds + seconds
             bar.update(run.step - before)
-            if bar.disable and time.perf_counter() - said > 10:  # not a terminal: lines, not a bar
+            if quiet and time.perf_counter() - said > 10:  # not a terminal: lines, not a bar
                 said, speed = time.perf_counter(), rate * phase.stride
                 eta = (phase.end - run.step) / speed
                 print(f"{phase.name} {run.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
@@ -1890,9 +1892,8 @@ class HostLoop:
         self.returns = np.zeros(self.shape, np.float32)
         if not time:
             return carry
-        rows = carry["replay"][
-            "rows"
-        ]  # no n-step window may join what was under way with what comes
+        # what was under way ends here: no n-step window may join it with what comes
+        rows = carry["replay"]["rows"]
         newest = (time - 1 - np.arange(num_envs)) % rows["terminals"].shape[1]
         rows = rows | {"terminals": rows["terminals"].at[:, newest].set(1.0)}
         return carry | {"replay": carry["replay"] | {"rows": rows}}
@@ -1906,9 +1907,7 @@ class HostLoop:
             next_obs, reward, terminated, truncated, info = self.envs.step_wait()
             self.obs, last_obs = next_obs.astype(np.float32), next_obs.astype(np.float32)
             success = np.zeros(len(reward), np.float32)
-            for i in np.flatnonzero(
-                terminated | truncated
-            ):  # next_obs is of the next episode there
+            for i in np.flatnonzero(terminated | truncated):  # there, next_obs starts an episode
                 last_obs[i], success[i] = info["final_obs"][i], info["final_info"]["success"][i]
             out = dict(reward=reward.astype(np.float32), success=success, next_obs=last_obs)
             out |= dict(terminated=terminated, truncated=truncated & ~terminated)
