@@ -36,6 +36,9 @@ Deviations from the released code (and, where marked P, from the paper)
  10. P: tanh squashing (paper: plain Gaussian); entropy term active offline too, as in the code.
  11. --n-step, --normalize-obs and small networks exist for quick runs; papers' tables: 1, off, 512.
 
+Where to look: the method is below "# ---- networks" and "# ---- the method"; what stands between
+"# ==== shared: NAME ====" lines is the same in every script of this repository.
+
 Modes
   python algos/gsflow.py                                  offline on pointmaze-medium, a few minutes
   python algos/gsflow.py --env-id antmaze-large           offline, the paper's settings
@@ -735,7 +738,7 @@ def read_npz(path):
         if raw[key].ndim != ndim or len(raw[key]) != len(raw["terminals"]) or len(raw[key]) < 2:
             bad(f"'{key}' has shape {raw[key].shape}")
         if raw[key].dtype.kind not in "fb" or not np.isfinite(raw[key]).all():
-            bad(f"'{key}' holds NaN, infinity or something that is not a number")
+            bad(f"'{key}' is not floating point, or holds NaN or infinity")
     if np.abs(raw["actions"]).max() > 1 + 1e-5:
         bad("actions outside [-1, 1]")
     if not raw["terminals"][-1]:
@@ -1447,7 +1450,8 @@ def read_args(run_dir, argv, default):
     args = tyro.cli(type(default), args=argv, default=before)
     for name, new in vars(args).items():
         old = getattr(before, name)
-        if old != new and name not in FREE_ON_RESUME:
+        free = name in FREE_ON_RESUME and not (name == "offline_steps" and before.online_steps)
+        if old != new and not free:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} was {old} in {run_dir} and cannot change; start a new run")
     return args
@@ -1622,7 +1626,10 @@ def train_loop(run, carry, phases, evaluate, args):
             compiled, start = phase.advance.seconds, time.perf_counter()
             carry = phase.advance(carry, n)
             sums = jax.device_get(carry["sums"])
-            seconds = time.perf_counter() - start - (phase.advance.seconds - compiled)
+            compiling = phase.advance.seconds - compiled
+            if compiling:
+                tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
+            seconds = time.perf_counter() - start - compiling
             before, run.step, rate = run.step, run.step + n * phase.stride, n / seconds
             run.train_seconds, log_seconds = run.train_seconds + seconds, log_seconds + seconds
             bar.update(run.step - before)
@@ -1730,6 +1737,9 @@ def command_line(run, args_type, argv=None):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted before training began; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -1991,8 +2001,14 @@ def train(args, task):
     sums = jax.vmap(lambda seed: zero_sums(metrics))(state.seed)
     carry = dict(state=state, sums=place(sums, args.num_seeds))
     if tree is not None:  # enter the phase in which the checkpoint was made, then fill it in
-        current = next(p for p in phases if facts["step"] <= p.end)
-        carry = restore(current.enter(carry), tree, args.resume)
+        current = next((p for p in phases if facts["step"] <= p.end), phases[-1])
+        carry = current.enter(carry)
+        if "replay" in carry and "replay" in tree:  # more online steps need a longer ring
+            rows, missing = tree["replay"]["rows"], carry["replay"]["rows"]["rewards"].shape[1]
+            missing = max(0, missing - rows["rewards"].shape[1])
+            pad = lambda x: np.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
+            tree["replay"]["rows"] = {k: pad(v) for k, v in rows.items()}
+        carry = restore(carry, tree, args.resume)
         carry = current.restart(carry) if current.restart else carry
     run = Run(args, task, source, facts["step"])
     run.header(raw)
@@ -2064,9 +2080,9 @@ def draw_crescents(path, raw, draws, title):
     axis.scatter(*sampled.T, s=3, c="orange", alpha=0.3, label="student, T = 1")
     axis.scatter(*mode[:50].T, s=60, c="black", marker="*", label="student, T = 0")
     shares = f"P(r >= 10) {(rewards >= 10).mean():.2f}, P(r = 15) {(rewards == 15).mean():.2f}"
-    axis.set_title(f"{title}: mean reward {rewards.mean():.2f}, {shares}", fontsize=9)
+    axis.set_title(f"{title}: mean reward {rewards.mean():.2f}, {shares}", fontsize=8)
     axis.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal")
-    axis.legend(fontsize=6, loc="upper right")
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.55, -0.06), ncols=5)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     tqdm.write(f"picture: {path}")
 

@@ -194,6 +194,14 @@ def test_interrupt_saves_and_says_how_to_resume(tmp_path, number, code):
     assert f"steps {total:,}" in out
 
 
+def test_more_online_steps_on_resume_equal_a_longer_run(reference, tmp_path):
+    shorter = [*BOTH_PHASES, "--num-seeds", 2, "--online-steps", 100]
+    finish(start(*shorter, out_dir=tmp_path))
+    finish(start("--resume", only_run(tmp_path), "--online-steps", 200))
+    load = load_script(SCRIPT).load_checkpoint
+    assert_same_tree(load(reference)[0], load(only_run(tmp_path))[0])
+
+
 def test_damaged_checkpoints_are_noticed(reference, tmp_path, capsys):
     gsflow = load_script(SCRIPT)
     path = tmp_path / "checkpoint.msgpack"
@@ -303,10 +311,22 @@ def changed(**changes):
 
 
 BAD_DATA = {
-    "NaN": (changed(observations=np.full((40, 2), np.nan, np.float32)), "'observations' holds NaN"),
-    "infinite action": (changed(actions=np.full((40, 2), np.inf)), "'actions' holds NaN"),
-    "text": (changed(observations=np.full((40, 2), "x")), "'observations' holds NaN"),
-    "integers": (changed(actions=np.ones((40, 2), int)), "'actions' holds NaN"),
+    "NaN": (
+        changed(observations=np.full((40, 2), np.nan, np.float32)),
+        "'observations' is not floating point, or holds NaN",
+    ),
+    "infinite action": (
+        changed(actions=np.full((40, 2), np.inf)),
+        "'actions' is not floating point, or holds NaN",
+    ),
+    "text": (
+        changed(observations=np.full((40, 2), "x")),
+        "'observations' is not floating point, or holds NaN",
+    ),
+    "integers": (
+        changed(actions=np.ones((40, 2), int)),
+        "'actions' is not floating point, or holds NaN",
+    ),
     "action range": (changed(actions=np.full((40, 2), 3.0)), "actions outside [-1, 1]"),
     "shape": (changed(observations=np.zeros(40)), "'observations' has shape (40,)"),
     "lengths": (changed(actions=np.zeros((39, 2))), "'actions' has shape (39, 2)"),
@@ -355,6 +375,7 @@ def test_out_dir_that_is_a_file(gsflow, tmp_path, capsys):
     [
         ("--resume {run} --gamma 0.5", "--gamma was 0.99"),
         ("--resume {run} --seed 5", "--seed was 0"),
+        ("--resume {run} --offline-steps 300", "--offline-steps was 200"),
         ("--resume {run}", "is complete at step 400"),
         ("--evaluate {run} --hidden-dims 9", "--hidden-dims was (8, 8)"),
     ],
