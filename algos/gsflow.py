@@ -1232,8 +1232,8 @@ def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
     )
 
 
-DRAWS = ("batch", "td_prior", "td_action", "flow_noise", "flow_time")
-DRAWS += ("student_prior", "student_action", "candidates", "latent")
+DRAWS = ("td_prior", "td_action", "flow_noise", "flow_time", "student_prior", "student_action")
+DRAWS += ("candidates", "latent")
 
 
 def update(state, batch, key, settings, nets, args):
@@ -1727,6 +1727,18 @@ def print_evaluation(task, args, step, results):
     print(f"   all  {summary(results)}")
 
 
+def check_numbers(args, unbounded=()):
+    """Counts are at least 1 (steps, seed: 0), other numbers at least 0, gamma and tau at most 1."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or name in unbounded:
+            continue
+        zero = isinstance(value, float) or name in ("seed", "offline_steps", "online_steps")
+        low, high = 0 if zero else 1, 1 if name in ("gamma", "tau") else np.inf
+        if not low <= value <= high:
+            bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
+            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
+
+
 def command_line(run, args_type, argv=None):
     """Parse the flags and call `run(args)`; what the user can mend is one sentence, exit code 2."""
     try:
@@ -1765,19 +1777,7 @@ def resolve(args, task):
         actor_hidden_dims=args.hidden_dims,
         checkpoint_interval=args.eval_interval,
     )
-    at_least_one = "num_seeds num_envs updates_per_dispatch eval_interval eval_episodes n_step "
-    at_least_one += (
-        "checkpoint_interval batch_size utd buffer_size num_candidates flow_steps latent_dim"
-    )
-    at_least_zero = "seed offline_steps online_steps learning_rate alpha online_alpha recon_weight "
-    at_least_zero += "kl_weight student_head_scale offline_td_temperature online_td_temperature "
-    at_least_zero += "behavior_temperature eval_temperature gamma tau"
-    for names, low in ((at_least_one, 1), (at_least_zero, 0)):
-        for name in names.split():
-            value, high = getattr(args, name), 1 if name in ("gamma", "tau") else np.inf
-            if not low <= value <= high:
-                bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
-                raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
+    check_numbers(args, unbounded=("log_std_min", "log_std_max", "target_entropy"))
     for name in ("critic_hidden_dims", "actor_hidden_dims", "prior_hidden_dims"):
         if min(getattr(args, name), default=0) < 1:
             raise UserError(f"--{name.replace('_', '-')} needs layers of at least one unit")
