@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, SCRIPTS, load_script
 
-BLOCK = re.compile(r"# ==== shared: (.+?) ====\n(.*?)# ==== end shared: \1 ====", re.DOTALL)
-SECTIONS = ("class Args", "# ---- networks ----", "# ---- the method", "# ---- main ----")
+BLOCK = re.compile(r"^# ==== shared: (.+?) ====\n(.*?)^# ==== end shared: \1 ====", re.S | re.M)
+SECTIONS = ("\nclass Args", "\n# ---- networks ----", "\n# ---- the method", "\n# ---- main ----")
 
 
 def source(script):
@@ -21,7 +21,9 @@ def test_shared_blocks_are_byte_identical():
     seen = {}
     for script in SCRIPTS:
         text = source(script)
-        assert text.count("# ==== shared:") == len(BLOCK.findall(text)), f"{script}: unclosed block"
+        assert text.count("\n# ==== shared:") == len(BLOCK.findall(text)), (
+            f"{script}: unclosed block"
+        )
         for name, body in BLOCK.findall(text):
             first, expected = seen.setdefault(name, (script, body))
             assert body == expected, f"block '{name}' differs between {first}.py and {script}.py"

@@ -174,11 +174,10 @@ def test_no_window_crosses_the_write_pointer(gsflow, num_envs, n):
 
 
 @functools.cache
-def sampler(gsflow, num_data, batch_size, **kwargs):
+def sampler(gsflow, num_data, batch_size, buffer_size=1, **kwargs):
+    fixed = (batch_size, 1, GAMMA, buffer_size)
     data = dataset(num_data)
-    return jax.jit(
-        lambda key, replay: gsflow.sample(key, data, replay, batch_size, 1, GAMMA, **kwargs)
-    )
+    return jax.jit(lambda key, replay: gsflow.sample(key, data, replay, *fixed, **kwargs))
 
 
 def draw_ids(draw, key, replay):
