@@ -177,6 +177,19 @@ def test_evaluate_repeats_the_final_evaluation(reference):
         assert [str(seed), *expected] == out.splitlines()[2 + i].split()[:3]
 
 
+def test_ctrl_c_reaches_a_run_with_official_environments(tmp_path):
+    """The terminal sends SIGINT to the workers too; only the main process may answer."""
+    flags = [*TINY, "--env-backend", "host", "--offline-steps", 20, "--online-steps", 100_000]
+    flags += ["--eval-episodes", 1, "--eval-interval", 20, "--checkpoint-interval", 20]
+    process = start(*flags, out_dir=tmp_path, start_new_session=True)
+    while len(list(tmp_path.glob("*/checkpoint.*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = finish(process, 130)
+    assert f"--resume {only_run(tmp_path)}" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupt_saves_and_says_how_to_resume(tmp_path, number, code):
     flags = [*BANDIT, "--offline-steps", 10_000_000, "--eval-interval", 10_000_000]
