@@ -80,6 +80,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -1462,26 +1463,38 @@ def read_args(run_dir, argv, default):
 class Run:
     """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json."""
 
-    def __init__(self, args, task, dataset_source, step=0):
+    def __init__(self, args, task, dataset_source, data, step=0):
         self.seeds = [args.seed + i for i in range(args.num_seeds)]
         self.step, self.evals, self.csv, self.columns = step, [], None, None
         self.train_seconds, self.updates_per_s = 0.0, 0.0
         packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "ogbench", "mujoco")
-        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        commit = (
-            subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
-        )
+        commit, git = "", ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        if shutil.which("git"):
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        checksum = None  # of data from a file, which may be another one when the run is resumed
+        if dataset_source == "official" or ".npz" in dataset_source:
+            names = ("observations", "actions", "rewards")
+            checksum = functools.reduce(
+                lambda crc, k: zlib.crc32(np.ascontiguousarray(data[k]), crc), names, 0
+            )
         self.facts = dict(
             algo=ALGO,
             task=task.name,
             dataset_source=dataset_source,
+            dataset_crc32=checksum,
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            commit=(commit and commit.stdout.strip()) or None,
+            commit=commit or None,
             versions={p: importlib.metadata.version(p) for p in packages},
             args=dataclasses.asdict(args),
         )
         if args.resume:
             self.dir = Path(args.resume)
+            before = json.loads((self.dir / "args.json").read_text())
+            if before.get("dataset_crc32") != checksum:
+                raise UserError(
+                    f"{self.dir} was started on other data ({before.get('dataset_source')}): put "
+                    f"that file back, or start a new run"
+                )
             self.cut_metrics()
         else:
             stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -2012,7 +2025,7 @@ def train(args, task):
             tree["replay"]["rows"] = {k: pad(v) for k, v in rows.items()}
         carry = restore(carry, tree, args.resume)
         carry = current.restart(carry) if current.restart else carry
-    run = Run(args, task, source, facts["step"])
+    run = Run(args, task, source, raw, facts["step"])
     run.header(raw)
     evaluate = make_evaluate(task, env, evaluation_policy(nets, args, act_dim), args)
     if task.base == "multi-crescent":

@@ -82,6 +82,8 @@ def kill_and_resume(flags, directory, kills, rng):
         process.send_signal(signal.SIGKILL)
         process.wait()
         done += 1
+        writing = len(list(directory.glob("*/*.tmp")))
+        print(f"kill {done}: {writing} half-written file(s) left behind")
         process = start("--resume", only_run(directory))
         time.sleep(rng.uniform(2, 9) if done < kills else 0)
     _, err = process.communicate(timeout=300)
@@ -400,6 +402,21 @@ def test_flags_that_do_not_fit_a_run(gsflow, reference, capsys, flags, message):
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert sorted(path.name for path in reference.iterdir()) == before
+
+
+def test_resume_on_other_data_is_refused(tmp_path):
+    """The dataset's checksum is part of a run; the same file, or nothing."""
+    path = tmp_path / "pointmaze-medium-navigate-v0.npz"
+    np.savez(path, **good_file())
+    flags = [*TINY, "--dataset-dir", tmp_path, "--offline-steps", 20, "--eval-interval", 20]
+    finish(start(*flags, "--eval-episodes", 1, out_dir=tmp_path / "runs"))
+    run = only_run(tmp_path / "runs")
+    finish(start("--resume", run, "--offline-steps", 40))
+    np.savez(path, **good_file() | {"actions": np.zeros((40, 2), np.float32)})
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    _, err = finish(start("--resume", run, "--offline-steps", 60), code=2)
+    assert "was started on other data (official)" in err and err.count("\n") == 1
+    assert before == {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
 
 
 def test_checkpoint_of_another_method_or_network(gsflow, reference, tmp_path, capsys):
