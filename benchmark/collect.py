@@ -36,6 +36,7 @@ import importlib.metadata
 import itertools
 import json
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import re
 import shutil
@@ -376,10 +377,12 @@ def collect(recipe: Recipe, seed: int, episodes, length: int, workers: int, dire
         ]
 
     try:
-        # Workers inherit the ignored signal: Ctrl-C is handled here, without their tracebacks.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Workers inherit the blocked signal: Ctrl-C is handled here, without their tracebacks, and
+        # one that comes meanwhile is only put off. (The tracker's start would lift the block.)
+        multiprocessing.resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         running = collections.deque(submit(3 * workers))
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         with progress(sum(episodes) * rows, recipe.dataset) as advance:
             while running:
                 split, index, future = running.popleft()
