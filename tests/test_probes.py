@@ -12,8 +12,11 @@ from helpers import FQL, make_carry, make_settings, resolved
 GAMMA = 0.8
 METHODS = {"gsflow": {}, "fql": FQL}
 LEARNER = dict(
-    hidden_dims=(32, 32), prior_hidden_dims=(32,), batch_size=64, learning_rate=2e-3, tau=0.05,
+    hidden_dims=(32, 32), prior_hidden_dims=(32,), batch_size=256, learning_rate=2e-3, tau=0.05,
     gamma=GAMMA, alpha=0.1, flow_steps=5, num_candidates=4, num_seeds=2,
+    # Little action noise: the best mode of a wide squashed Gaussian is not the best action.
+    # The clip of log_std passes no gradient: a head that has risen above it stays, so lift it.
+    target_entropy_scale=1.5, init_temperature=0.1, log_std_max=2.0,
 )  # fmt: skip
 
 
