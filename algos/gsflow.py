@@ -1756,6 +1756,7 @@ def check_numbers(args, unbounded=()):
 
 def command_line(run, args_type, argv=None):
     """Parse the flags and call `run(args)`; what the user can mend is one sentence, exit code 2."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress too
     try:
         args = tyro.cli(args_type, args=argv)
         if args.resume or args.evaluate:
