@@ -197,6 +197,7 @@ def test_interrupt_saves_and_says_how_to_resume(tmp_path, number, code):
     flags = [*BANDIT, "--offline-steps", 10_000_000, "--eval-interval", 10_000_000]
     process = start(*flags, out_dir=tmp_path)
     while not list(tmp_path.glob("*/metrics.csv")):
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
     _, err = finish(process, code)
