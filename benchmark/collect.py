@@ -631,9 +631,10 @@ def make_dataset(args: Args):
 
     leave_if_there()
     with contextlib.ExitStack() as stack:
-        # A batch system's stop is treated like Ctrl-C.
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        stack.callback(signal.signal, signal.SIGTERM, previous)
+        # A batch system's stop is treated like Ctrl-C; a background shell may have ignored both.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous = signal.signal(number, signal.default_int_handler)
+            stack.callback(signal.signal, number, previous)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(claimed(paths[0]))
