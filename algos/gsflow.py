@@ -101,6 +101,7 @@ from gymnasium.experimental.functional import FuncEnv
 from tqdm import tqdm
 
 ALGO = "gsflow"
+FREE_ALSO = ()  # flags that may still change when a run without online phase is resumed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +250,7 @@ class Task(NamedTuple):
     gym_id: str = ""  # antmaze-large-singletask-task1-v0, the official environment
     dataset: str = ""  # antmaze-large-navigate-v0, the official data
     index: int = 1
+    success: bool = True  # whether there is such a thing; else only the return counts
 
 
 def parse_task(env_id, other=()):
@@ -551,11 +553,12 @@ def step_envs(env, env_state, actions, key):
     terminated = jax.vmap(lambda s: env.terminal(s, None))(next_states)
     truncated = (t + 1 >= env.max_episode_steps) & ~terminated
     done = terminated | truncated
+    success = jax.vmap(env.success)(next_states) if hasattr(env, "success") else jnp.zeros(t.shape)
     out = dict(
         reward=reward.astype(jnp.float32),
         terminated=terminated,
         truncated=truncated,
-        success=jax.vmap(env.success)(next_states).astype(jnp.float32),
+        success=success.astype(jnp.float32),
         next_obs=observe(env, (next_states, t)),
     )
 
@@ -571,29 +574,36 @@ def step_envs(env, env_state, actions, key):
 
 
 def evaluate_jax(env, policy, key, num_episodes):
-    """Run `policy(obs (D,), key) -> action (A,)` for `num_episodes` in parallel, one program.
+    """Run `num_episodes` in parallel, in one program; all start together.
 
-    Returns arrays (num_episodes,): success at the last step, return, length.
+    `policy(obs (D,), key) -> (H * A,)` gives the actions of the next H steps, which are taken
+    without looking. Returns arrays (num_episodes,): success at the last step, return, length.
     """
     start_key, env_key, policy_key = jax.random.split(key, 3)
 
-    def episode_step(loop):
-        env_state, alive, result = loop
+    def decide(loop):
+        env_state, _, result = loop
         t = result["length"].max()
         keys = jax.random.split(jax.random.fold_in(policy_key, t), num_episodes)
-        actions = jax.vmap(policy)(observe(env, env_state), keys)
+        chunks = jax.vmap(policy)(observe(env, env_state), keys)
+        chunks = chunks.reshape(num_episodes, -1, *env.action_space.shape).swapaxes(0, 1)
+        return jax.lax.scan(episode_step, loop, chunks)[0]
+
+    def episode_step(loop, actions):
+        env_state, alive, result = loop
+        t = result["length"].max()
         env_state, out = step_envs(env, env_state, actions, jax.random.fold_in(env_key, t))
         result = {
             "success": jnp.where(alive, out["success"], result["success"]),
             "return": result["return"] + alive * out["reward"],
             "length": result["length"] + alive,
         }
-        return env_state, alive & ~out["terminated"] & ~out["truncated"], result
+        return (env_state, alive & ~out["terminated"] & ~out["truncated"], result), None
 
     zeros = jnp.zeros(num_episodes)
     result = {"success": zeros, "return": zeros, "length": jnp.zeros(num_episodes, jnp.int32)}
     start = (reset_envs(env, start_key, num_episodes), jnp.ones(num_episodes, bool), result)
-    return jax.lax.while_loop(lambda loop: loop[1].any(), episode_step, start)[2]
+    return jax.lax.while_loop(lambda loop: loop[1].any(), decide, start)[2]
 
 
 class SeededReset(gymnasium.Wrapper):
@@ -607,14 +617,16 @@ class SeededReset(gymnasium.Wrapper):
         return self.env.reset(seed=seed, options=options)
 
 
-def make_host_env(gym_id, success_timing):
-    """The official environment; in a worker process Ctrl-C is left to the main process."""
+def make_host_env(gym_id, success_timing=None):
+    """The official environment (OGBench's where `success_timing` is given); in a worker process
+    Ctrl-C is left to the main process."""
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's spaces set off warnings
     import ogbench  # noqa: F401  registers the environments
 
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return SeededReset(gymnasium.make(gym_id, success_timing=success_timing))
+    options = dict(success_timing=success_timing) if success_timing else {}
+    return SeededReset(gymnasium.make(gym_id, **options))
 
 
 def make_host_envs(gym_id, success_timing, num_envs, autoreset):
@@ -654,8 +666,8 @@ def evaluate_host(envs, act, seeds, step, num_episodes):
         done = (terminated | truncated).reshape(shape)
         for s, k in zip(*np.nonzero(done), strict=True):
             if episode[s, k] < num_episodes:
-                success = np.asarray(info["success"], np.float64).reshape(shape)[s, k]
-                outcome = {"success": success, "return": total[s, k], "length": t[s, k]}
+                success = np.asarray(info["success"]).reshape(shape) if "success" in info else t * 0
+                outcome = {"success": success[s, k], "return": total[s, k], "length": t[s, k]}
                 for name, value in outcome.items():
                     result[name][s, episode[s, k]] = value
                 remaining -= 1
@@ -784,6 +796,10 @@ def collect(dataset, directory):
         raise UserError(f"collecting {dataset} failed; see the message above")
 
 
+# ==== end shared: data ====
+
+
+# ==== shared: n-step targets ====
 def n_step_targets(rows, index, newest, n, gamma, stride=1):
     """n-step return, bootstrap factor and last row of the windows that start at `index` (M,).
 
@@ -820,6 +836,10 @@ def device_data(data, n, gamma):
     )
 
 
+# ==== end shared: n-step targets ====
+
+
+# ==== shared: replay ====
 def make_replay(capacity, obs_dim, act_dim):
     """Empty ring of online rows; `added` counts all rows ever written."""
     shapes = dict(obs=(obs_dim,), next_obs=(obs_dim,), actions=(act_dim,))
@@ -838,6 +858,9 @@ def insert(replay, new_rows):
 
     rows = jax.tree.map(write, replay["rows"], new_rows)
     return dict(rows=rows, added=replay["added"] + num_rows)
+
+
+# ==== end shared: replay ====
 
 
 def sample(key, data, replay, batch_size, n, gamma, buffer_size, stride=1, balanced=False):
@@ -881,9 +904,6 @@ def sample(key, data, replay, batch_size, n, gamma, buffer_size, stride=1, balan
         return jnp.where(online.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
     return {k: pick(new[k], data[k][offline_index]) for k in new}
-
-
-# ==== end shared: data ====
 
 
 # ---- multi-crescent, the paper's toy task ----
@@ -1313,6 +1333,7 @@ PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
 FREE_ON_RESUME = ("offline_steps", "online_steps", "eval_interval", "eval_episodes")
 FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate")
+# those in FREE_ALSO, a script's own, are free until its online phase has begun
 
 
 def purpose_key(seed, purpose, *numbers):
@@ -1422,8 +1443,19 @@ def load_checkpoint(run_dir):
 
 
 def restore(template, tree, run_dir):
-    """Put a loaded checkpoint into the structure, shapes and device layout of `template`."""
+    """Put a loaded checkpoint into the structure, shapes and device layout of `template`.
+
+    A replay's ring may have become longer, for more online steps; it then has not wrapped yet.
+    """
+
+    def lengthen(ring, longer):
+        missing = max(0, longer.shape[1] - ring.shape[1])
+        return np.pad(ring, [(0, 0), (0, missing), *[(0, 0)] * (ring.ndim - 2)])
+
     try:
+        if "replay" in tree and "replay" in template:
+            rows = jax.tree.map(lengthen, tree["replay"]["rows"], template["replay"]["rows"])
+            tree["replay"]["rows"] = rows
         loaded = flax.serialization.from_state_dict(template, tree)
         fits = jax.tree.map(
             lambda a, b: a.shape == b.shape and a.dtype == b.dtype, template, loaded
@@ -1454,6 +1486,7 @@ def read_args(run_dir, argv, default):
     for name, new in vars(args).items():
         old = getattr(before, name)
         free = name in FREE_ON_RESUME and not (name == "offline_steps" and before.online_steps)
+        free = free or (name in FREE_ALSO and not before.online_steps)
         if old != new and not free:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} was {old} in {run_dir} and cannot change; start a new run")
@@ -1463,9 +1496,10 @@ def read_args(run_dir, argv, default):
 class Run:
     """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json."""
 
-    def __init__(self, args, task, dataset_source, data, step=0):
+    def __init__(self, args, task, dataset_source, data, policies, step=0):
         self.seeds = [args.seed + i for i in range(args.num_seeds)]
         self.step, self.evals, self.csv, self.columns = step, [], None, None
+        self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
         self.train_seconds, self.updates_per_s = 0.0, 0.0
         packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "ogbench", "mujoco")
         commit, git = "", ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
@@ -1498,7 +1532,8 @@ class Run:
             self.cut_metrics()
         else:
             stamp = time.strftime("%Y%m%d-%H%M%S")
-            name = f"{task.name.removesuffix('-v0')}__{ALGO}__{args.seed}__{stamp}"
+            name = task.name.removesuffix("-v0").replace("/", "-")
+            name = f"{name}__{ALGO}__{args.seed}__{stamp}"
             self.dir = Path(args.out_dir) / name
             while self.dir.exists():
                 self.dir = self.dir.with_name(self.dir.name + "x")
@@ -1522,8 +1557,9 @@ class Run:
             self.columns = reader.fieldnames
         lines = [self.columns, *[r.values() for r in rows]]
         write_file(path, "".join(",".join(line) + "\n" for line in lines).encode())
-        success = [float(r["eval/success"]) for r in rows if r["eval/success"]]
-        self.evals = np.reshape(success, (-1, len(self.seeds))).tolist()
+        headline = f"eval/{self.metrics[0]}"
+        evals = [float(r[headline]) for r in rows if r[headline]]
+        self.evals = np.reshape(evals, (-1, len(self.seeds))).tolist()
         self.train_seconds = float(rows[-1]["time/train_seconds"]) if rows else 0.0
 
     def log(self, phase, values):
@@ -1553,13 +1589,13 @@ class Run:
     def header(self, data):
         """Show what is about to run: the data, the machine and the resolved arguments."""
         facts, args = self.facts, self.facts["args"]
-        rows, episodes = len(data["rewards"]), int(data["terminals"].sum())
-        at_goal = (data["masks"] == 0).mean()
         print(f"{ALGO} on {facts['task']}, {facts['device']}, run directory {self.dir}")
-        print(
-            f"dataset: {facts['dataset_source']}, {rows:,} transitions, {episodes:,} episodes, "
-            f"{at_goal:.2%} of the rows at the goal"
-        )
+        if data is not None:
+            rows, episodes = len(data["rewards"]), int(data["terminals"].sum())
+            print(
+                f"dataset: {facts['dataset_source']}, {rows:,} transitions, {episodes:,} episodes, "
+                f"{(data['masks'] == 0).mean():.2%} of the rows at the goal"
+            )
         fields = "  ".join(f"{k}={v}" for k, v in args.items() if v is not None)
         print(textwrap.fill(fields, 100, initial_indent="  ", subsequent_indent="  "), flush=True)
 
@@ -1568,7 +1604,7 @@ class Run:
         last_three = float(np.mean(self.evals[-3:]))
         facts = {k: self.facts[k] for k in ("dataset_source", "device", "commit")}
         result = {f"eval/{k}": float(v.mean()) for k, v in results.items()}
-        result |= {"eval/success_last_three": last_three, "steps": self.step, **facts}
+        result |= {f"eval/{self.metrics[0]}_last_three": last_three, "steps": self.step, **facts}
         result |= {"train_seconds": self.train_seconds, "updates_per_s": self.updates_per_s}
         result |= {"seeds": self.seeds, "episodes": {k: v.tolist() for k, v in results.items()}}
         self.write_json("result.json", result)
@@ -1579,11 +1615,17 @@ class Run:
         )
 
 
+def metric_names(task, policies):
+    """What one evaluation measures: success (where the task has it), return and length by mode."""
+    kinds = ("success", "return", "length") if task.success else ("return", "length")
+    return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
+
+
 def summary(results):
     """Mean over seeds and episodes, with the deviation over seeds where there are several."""
     parts = []
-    for name in ("success", "return", "length"):
-        per_seed = results[name].mean(axis=1)
+    for name, values in results.items():
+        per_seed = values.mean(axis=1)
         spread = f" ± {per_seed.std():.2f}" if len(per_seed) > 1 else ""
         parts.append(f"{name} {per_seed.mean():.2f}{spread}")
     return "  ".join(parts)
@@ -1672,13 +1714,18 @@ def train_loop(run, carry, phases, evaluate, args):
                 values["time/updates_per_s"] = run.updates_per_s
                 values["time/train_seconds"] = run.train_seconds
                 values["time/compile_s"] = phase.advance.seconds
-                values |= {f"eval/{k}": np.nan for k in ("success", "return", "length")}
+                if "recent" in carry:  # the last episodes' returns, as many as there were
+                    recent = np.asarray(carry["recent"])
+                    known = np.maximum((~np.isnan(recent)).sum(axis=1), 1)
+                    mean = np.where(np.isnan(recent[:, 0]), np.nan, np.nansum(recent, 1) / known)
+                    values["charts/episodic_return"] = mean
+                values |= {f"eval/{k}": np.nan for k in run.metrics}
                 zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
                 carry, log_seconds = carry | {"sums": place(zeros, args.num_seeds)}, 0.0
             if evaluation:
                 results = evaluate(carry["state"], run.step)
                 values |= {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
-                run.evals.append(results["success"].mean(axis=1).tolist())
+                run.evals.append(results[run.metrics[0]].mean(axis=1).tolist())
                 tqdm.write(f"{phase.name} step {run.step:>9,}  {summary(results)}")
             if log or evaluation:
                 run.log(phase.name, values)
@@ -1695,60 +1742,88 @@ def train_loop(run, carry, phases, evaluate, args):
     return results
 
 
-def make_evaluate(task, env, policy, args):
-    """Function (state of all seeds, step) -> arrays (num_seeds, episodes) of one evaluation.
+def make_evaluate(task, env, policies, args):
+    """Function (state of all seeds, step) -> {metric: (num_seeds, episodes)} of one evaluation.
 
-    `policy(state, obs (D,), key) -> action (A,)`; `env` is the JAX environment or None (official).
+    `policies` maps each mode to `policy(state, obs (D,), key) -> (H * A,)`, the actions of the next
+    H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
     """
     seeds = [args.seed + i for i in range(args.num_seeds)]
+    slots = max(1, min(args.eval_episodes, (os.cpu_count() or 1) // args.num_seeds))
 
-    def run_jax(state, step):
+    @functools.cache  # made at the first evaluation and kept
+    def host_envs():
+        disabled = gymnasium.vector.AutoresetMode.DISABLED
+        timing = args.success_timing if task.dataset else None
+        return make_host_envs(task.gym_id, timing, slots * args.num_seeds, disabled)
+
+    def run_jax(policy, state, step):
         key = purpose_key(state.seed, "eval", step)
         return evaluate_jax(env, functools.partial(policy, state), key, args.eval_episodes)
 
-    def choose(state, obs, episode, t, step):  # one seed: obs (slots, D), episode and t (slots,)
+    def decide(policy, state, obs, episode, t, step):  # one seed: obs (slots, D), episode (slots,)
         def one(obs, episode, t):
             return policy(state, obs, purpose_key(state.seed, "eval", step, episode, t))
 
         return jax.vmap(one)(obs, episode, t)
 
-    if env is not None:
-        program = jax.jit(jax.vmap(run_jax, in_axes=(0, None)))
-        return lambda state, step: jax.device_get(program(state, step))
-    program = jax.jit(jax.vmap(choose, in_axes=(0, 0, 0, 0, None)))
-    slots = max(1, min(args.eval_episodes, (os.cpu_count() or 1) // args.num_seeds))
+    def on_host(program, state, step):
+        envs, chunks = host_envs(), None
 
-    @functools.cache  # made at the first evaluation and kept
-    def envs():
-        disabled = gymnasium.vector.AutoresetMode.DISABLED
-        return make_host_envs(task.gym_id, args.success_timing, slots * args.num_seeds, disabled)
+        def act(obs, episode, t):  # open loop within a chunk; the slots' episodes are out of phase
+            nonlocal chunks
+            due = np.ones(t.shape, bool) if chunks is None else t % chunks.shape[2] == 0
+            if due.any():
+                new = np.asarray(program(state, obs.astype(np.float32), episode, t, step))
+                new = new.reshape(*t.shape, -1, *envs.single_action_space.shape)
+                chunks = np.where(due[..., None, None], new, new if chunks is None else chunks)
+            step_in_chunk = (t % chunks.shape[2])[..., None, None]
+            return np.take_along_axis(chunks, step_in_chunk[..., None], axis=2)[:, :, 0]
+
+        return evaluate_host(envs, act, seeds, step, args.eval_episodes)
+
+    def one_mode(policy):
+        if env is not None:
+            return jax.jit(jax.vmap(functools.partial(run_jax, policy), in_axes=(0, None)))
+        axes = (0, 0, 0, 0, None)
+        program = jax.jit(jax.vmap(functools.partial(decide, policy), in_axes=axes))
+        return functools.partial(on_host, program)
+
+    modes = {mode: one_mode(policy) for mode, policy in policies.items()}
 
     def evaluate(state, step):
-        def act(obs, episode, t):
-            return program(state, obs.astype(np.float32), episode, t, step)
-
-        return evaluate_host(envs(), act, seeds, step, args.eval_episodes)
+        measured = {}
+        for mode, run_episodes in modes.items():
+            result = jax.device_get(run_episodes(state, step))
+            measured |= {f"{k}_{mode}".rstrip("_"): v for k, v in result.items()}
+        return {name: measured[name] for name in metric_names(task, policies)}
 
     return evaluate
 
 
-def print_evaluation(task, args, step, results):
-    """The table of --evaluate."""
+def print_evaluation(task, args, policies, step, results):
+    """The table of --evaluate: one line per seed and mode."""
     print(f"{task.name}, step {step:,}, {args.eval_episodes} episodes per seed")
-    print(f"{'seed':>6}{'success':>10}{'return':>10}{'length':>10}")
-    for i in range(args.num_seeds):
-        row = "".join(f"{results[k][i].mean():>10.2f}" for k in ("success", "return", "length"))
-        print(f"{args.seed + i:>6}{row}")
+    names = metric_names(task, policies)
+    for mode in policies:
+        columns = [n for n in names if n.partition("_")[2] == mode]
+        width = max(10, *(len(n) + 2 for n in columns))
+        print(f"{'seed':>6}" + "".join(f"{name:>{width}}" for name in columns))
+        for i in range(args.num_seeds):
+            row = "".join(f"{results[name][i].mean():>{width}.2f}" for name in columns)
+            print(f"{args.seed + i:>6}{row}")
     print(f"   all  {summary(results)}")
 
 
-def check_numbers(args, unbounded=()):
-    """Counts are at least 1 (steps, seed: 0), other numbers at least 0, gamma and tau at most 1."""
+def check_numbers(args, unbounded=(), zero=()):
+    """Counts are at least 1 (steps, seed and those in `zero`: 0), other numbers at least 0, gamma
+    and tau at most 1."""
     for name, value in vars(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float) or name in unbounded:
             continue
-        zero = isinstance(value, float) or name in ("seed", "offline_steps", "online_steps")
-        low, high = 0 if zero else 1, 1 if name in ("gamma", "tau") else np.inf
+        may_be_0 = ("seed", "offline_steps", "online_steps", *zero)
+        low = 0 if isinstance(value, float) or name in may_be_0 else 1
+        high = 1 if name in ("gamma", "tau") else np.inf
         if not low <= value <= high:
             bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
@@ -1987,10 +2062,10 @@ def start_states(args, obs_dim, act_dim, mean, std):
     return place(jax.jit(init)(seeds), args.num_seeds)
 
 
-def evaluation_policy(nets, args, act_dim):
-    """(state, obs, key) -> action at the evaluation's temperature."""
+def evaluation_policies(nets, args, act_dim):
+    """The one mode of evaluation: (state, obs, key) -> action at the evaluation's temperature."""
     fixed = dict(temperature=args.eval_temperature, nets=nets, args=args, act_dim=act_dim)
-    return functools.partial(policy, **fixed)
+    return {"": functools.partial(policy, **fixed)}
 
 
 def train(args, task):
@@ -2019,16 +2094,12 @@ def train(args, task):
     if tree is not None:  # enter the phase in which the checkpoint was made, then fill it in
         current = next((p for p in phases if facts["step"] <= p.end), phases[-1])
         carry = current.enter(carry)
-        if "replay" in carry and "replay" in tree:  # more online steps need a longer ring
-            rows, missing = tree["replay"]["rows"], carry["replay"]["rows"]["rewards"].shape[1]
-            missing = max(0, missing - rows["rewards"].shape[1])
-            pad = lambda x: np.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
-            tree["replay"]["rows"] = {k: pad(v) for k, v in rows.items()}
         carry = restore(carry, tree, args.resume)
         carry = current.restart(carry) if current.restart else carry
-    run = Run(args, task, source, raw, facts["step"])
+    policies = evaluation_policies(nets, args, act_dim)
+    run = Run(args, task, source, raw, policies, facts["step"])
     run.header(raw)
-    evaluate = make_evaluate(task, env, evaluation_policy(nets, args, act_dim), args)
+    evaluate = make_evaluate(task, env, policies, args)
     if task.base == "multi-crescent":
         evaluate = with_picture(evaluate, run, raw, nets, args)
     run.finish(train_loop(run, carry, phases, evaluate, args))
@@ -2042,9 +2113,9 @@ def evaluate_only(args, task):
     obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
     state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
     state = restore(state, tree["state"], args.evaluate)
-    choose = evaluation_policy(make_networks(args, act_dim), args, act_dim)
-    results = make_evaluate(task, env, choose, args)(state, facts["step"])
-    print_evaluation(task, args, facts["step"], results)
+    policies = evaluation_policies(make_networks(args, act_dim), args, act_dim)
+    results = make_evaluate(task, env, policies, args)(state, facts["step"])
+    print_evaluation(task, args, policies, facts["step"], results)
 
 
 # ---- picture of the toy task ----

@@ -15,8 +15,8 @@ def test_untrained_policy_fails(gsflow):
     args = gsflow.fill(gsflow.resolve(gsflow.Args(), task), target_entropy=-1.0)
     env = gsflow.make_jax_env(task, args)
     state = gsflow.start_states(args, 2, 2, 0.0, 1.0)
-    choose = gsflow.evaluation_policy(gsflow.make_networks(args, 2), args, 2)
-    results = gsflow.make_evaluate(task, env, choose, args)(state, 0)
+    policies = gsflow.evaluation_policies(gsflow.make_networks(args, 2), args, 2)
+    results = gsflow.make_evaluate(task, env, policies, args)(state, 0)
     assert results["success"].shape == (1, 50) and results["success"].mean() <= 0.02
     assert results["length"].mean() >= 990
 

@@ -218,8 +218,8 @@ class Toy:
 
     def rewards(self):
         """Mean reward of each seed over 1,000 actions at T = 0."""
-        choose = self.gsflow.evaluation_policy(self.nets, self.args, 2)
-        evaluate = self.gsflow.make_evaluate(self.task, self.env, choose, self.args)
+        policies = self.gsflow.evaluation_policies(self.nets, self.args, 2)
+        evaluate = self.gsflow.make_evaluate(self.task, self.env, policies, self.args)
         return evaluate(self.carry["state"], 0)["return"].mean(axis=1)
 
 
