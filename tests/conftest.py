@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import cloudpickle
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,7 @@ def load_script(path):
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # dataclasses and cloudpickle look modules up by name
         spec.loader.exec_module(module)
+        cloudpickle.register_pickle_by_value(module)  # worker processes cannot import it
     return sys.modules[name]
 
 
