@@ -1,0 +1,324 @@
+"""Run algorithms x tasks x seeds: print the commands, run them with N workers, or on SLURM.
+
+    python benchmark/launch.py --algos gsflow --tasks pointmaze-medium --seeds 0 1 2
+    python benchmark/launch.py --algos gsflow --tasks pointmaze-medium --seeds 0 1 2 --workers 2
+    python benchmark/launch.py --algos gsflow --tasks antmaze-large cube-double --slurm jobs.sh
+    python benchmark/launch.py --algos gsflow "fql=gsflow --prior gaussian --student deterministic"
+        --tasks "antmaze-large --alpha 10" scene -- --num-seeds 4              (all in one line)
+
+An algorithm is `[LABEL=]SCRIPT [FLAGS]`, a task `TASK [FLAGS]`; what follows a lone `--` goes to
+every run. The flags are checked, and the task's defaults filled in, before anything starts.
+
+Each run has a directory of its own, OUT/LABEL/TASK/SEED-HASH, where HASH stands for the resolved
+arguments, in whatever way they were given. A run with a result.json there is finished and not run
+again; one with a checkpoint is resumed; so the same command goes on after a crash, a Ctrl-C or a
+time limit. Ctrl-C stops the runs at their next dispatch, with a checkpoint; twice stops them at
+once. The log of a run is log.txt beside its run directory.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import tyro
+
+HERE = Path(__file__).resolve().parent
+NOT_HASHED = ("seed", "out_dir", "resume", "evaluate")
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one sentence, exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    algos: tuple[str, ...] = ("gsflow",)
+    """scripts in algos/, each as [LABEL=]NAME [FLAGS]; the label names the method in reports"""
+    tasks: tuple[str, ...] = ("pointmaze-medium",)  # tasks, each as TASK [FLAGS]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """first seed of each run (with `-- --num-seeds N` a run trains N seeds: leave gaps of N)"""
+    out: str = "runs"  # directory that holds the runs
+    workers: int = 0  # run the commands, so many at a time (0: only print them)
+    devices: tuple[str, ...] = ()
+    """CUDA_VISIBLE_DEVICES of the workers, in turn (e.g. 0 1 2 3)"""
+    slurm: str | None = None  # write a SLURM array script to this file and run nothing
+    slurm_template: str = str(HERE / "slurm_array.sh")  # template of that script
+    index: int | None = None  # only the run of this number (an element of the SLURM array)
+    algos_dir: str = str(HERE.parent / "algos")  # where the scripts are
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run to be made: `home` is the directory that holds its run directory and its log."""
+
+    label: str
+    script: Path
+    task: str
+    seed: int
+    flags: tuple[str, ...]
+    home: Path
+
+    def __str__(self):
+        return f"{self.label} {self.task} seed {self.seed}"
+
+    @property
+    def log(self):
+        return self.home / "log.txt"
+
+    def find(self):
+        """What is there of this run -> ("finished" | "resume" | "new", its run directory)."""
+        finished = sorted(self.home.glob("*/result.json"))
+        if finished:
+            return "finished", finished[-1].parent
+        files = [
+            f for end in ("msgpack", "previous") for f in self.home.glob(f"*/checkpoint.{end}")
+        ]
+        if files:
+            return "resume", max(files, key=lambda f: f.stat().st_mtime).parent
+        return "new", None
+
+    def command(self):
+        state, directory = self.find()
+        flags = ["--resume", str(directory)] if state == "resume" else self.flags
+        return [sys.executable, os.path.relpath(self.script), *flags]
+
+
+# ---- from arguments to jobs ----
+def load_script(path):
+    """Import a script by its path, once."""
+    name = f"cleanflow_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def resolve(script, flags, where):
+    """The arguments a script would run with, or its refusal."""
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(refusal):
+            args = tyro.cli(script.Args, args=list(flags), prog=where)
+            return script.resolve(args, script.parse_task(args.env_id, script.OTHER_TASKS))
+    except script.UserError as e:
+        raise UserError(f"{where}: {e}") from e
+    except SystemExit as e:  # tyro has said which flag is wrong
+        print(refusal.getvalue(), file=sys.stderr)
+        raise UserError(f"{where}: wrong flags, see above") from e
+
+
+def expand(args, extra):
+    """Algorithms x tasks x seeds -> jobs, in this order: seed by seed, tasks inside."""
+    jobs = []
+    for seed in args.seeds:
+        for task_words in map(shlex.split, args.tasks):
+            for algo in args.algos:
+                name, *algo_flags = shlex.split(algo)
+                label, _, stem = name.rpartition("=")
+                path = Path(args.algos_dir) / f"{stem}.py"
+                if not path.is_file():
+                    known = ", ".join(sorted(p.stem for p in path.parent.glob("*.py")))
+                    raise UserError(f"no script {path}; there are: {known}")
+                flags = ["--env-id", *task_words, *algo_flags, *extra, "--seed", str(seed)]
+                jobs.append(make_job(label or stem, path, flags, seed, Path(args.out)))
+    homes = [job.home for job in jobs]
+    for job in jobs:
+        if homes.count(job.home) > 1:
+            raise UserError(f"two runs are the same: {job}; give another --seeds or label")
+    return jobs
+
+
+def make_job(label, path, flags, seed, out):
+    """A job whose directory follows from the arguments it resolves to."""
+    resolved = dataclasses.asdict(resolve(load_script(path), flags, f"{label} {flags[1]}"))
+    task = resolved["env_id"].removesuffix("-v0").replace("/", "-")
+    if resolved["seed"] != seed:
+        raise UserError("give seeds with --seeds, not as a flag of the runs")
+    hashed = {k: v for k, v in resolved.items() if k not in NOT_HASHED} | {"script": path.stem}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:8]
+    home = out / label / task / f"{seed}-{digest}"
+    return Job(label, path, task, seed, (*flags, "--out-dir", str(home)), home)
+
+
+def print_commands(jobs):
+    """One line a run; those that are finished as comments."""
+    for job in jobs:
+        state, directory = job.find()
+        command = shlex.join(["python", *job.command()[1:]])
+        print(f"# finished: {directory}" if state == "finished" else command)
+
+
+def write_slurm(path, template, jobs, args, extra):
+    """Fill the template for an array with one element per job, finished or not."""
+    own = dataclasses.asdict(args)
+    words = []
+    for name in ("algos", "tasks", "seeds", "out", "algos_dir"):
+        values = own[name] if isinstance(own[name], tuple) else [own[name]]
+        words += ["--" + name.replace("_", "-"), *map(str, values)]
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # SLURM does not make it for its logs
+    fill = dict(
+        LAST=str(len(jobs) - 1),
+        OUT=str(Path(args.out).resolve()),
+        DIRECTORY=shlex.quote(os.getcwd()),
+        PYTHON=shlex.quote(sys.executable),
+        LAUNCHER=shlex.quote(os.path.relpath(__file__)),
+        ARGUMENTS=shlex.join([*words, "--", *extra]),
+    )
+    text = Path(template).read_text()
+    for word, value in fill.items():
+        text = text.replace(f"@{word}@", value)
+    Path(path).write_text(text)
+    print(f"{path}: an array of {len(jobs)} runs; look through it, then: sbatch {path}")
+
+
+# ---- running ----
+class Launch:
+    """Runs jobs with a number of workers; one line of progress; a failure stops nothing else."""
+
+    def __init__(self, jobs, workers, devices):
+        self.jobs, self.workers, self.devices = jobs, workers, devices
+        self.running = {}  # worker -> (job, process, lock, start)
+        self.finished, self.before, self.stopped, self.failed = [], [], [], []
+        self.signals, self.said, self.wide = 0, 0.0, sys.stdout.isatty()
+
+    def on_signal(self, number, frame):
+        self.signals += 1
+        for _, process, _, _ in self.running.values():
+            process.terminate()  # the scripts treat SIGTERM as a Ctrl-C
+        if self.signals == 1:
+            self.say(f"stopping {len(self.running)} runs, with checkpoints; again: at once")
+
+    def say(self, text):
+        """A line that stays."""
+        print(f"\r\x1b[K{text}" if self.wide else text, flush=True)
+
+    def show_progress(self):
+        """A line that is overwritten; where there is no terminal, one line a minute."""
+        done = len(self.finished) + len(self.before)
+        parts = [f"{done}/{len(self.jobs)} done"]
+        parts += [f"{len(self.failed)} failed"] if self.failed else []
+        line = ", ".join(parts) + f" | {len(self.running)} running"
+        for job, *_ in self.running.values():
+            line += f" | {job}: {last_line(job.log)[:60]}"
+        if self.wide:
+            print(f"\r\x1b[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+        elif time.monotonic() - self.said > 60:
+            self.said = time.monotonic()
+            print(line, flush=True)
+
+    def start(self, job, worker):
+        """Begin or resume a job, unless it is finished or another launcher has it."""
+        state, directory = job.find()
+        if state == "finished":
+            self.before.append(job)
+            return
+        job.home.mkdir(parents=True, exist_ok=True)
+        lock = open(job.home / "lock", "w")  # noqa: SIM115  held by the run itself, until it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            self.failed.append((job, f"another launcher is running it, see {job.log}"))
+            return
+        facts = dict(label=job.label, script=job.script.stem, flags=job.flags)
+        (job.home / "launch.json").write_text(json.dumps(facts, indent=2) + "\n")
+        env = dict(os.environ)
+        if self.devices:
+            env["CUDA_VISIBLE_DEVICES"] = self.devices[worker % len(self.devices)]
+        with open(job.log, "a") as log:
+            print(f"\n$ {shlex.join(job.command())}", file=log, flush=True)
+            # a session of its own: a Ctrl-C at the terminal reaches it once, through us
+            process = subprocess.Popen(
+                job.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                env=env, pass_fds=[lock.fileno()], start_new_session=True,
+            )  # fmt: skip
+        self.running[worker] = (job, process, lock, time.monotonic())
+        self.say(f"started {job}" + (f", resumed from {directory}" if state == "resume" else ""))
+
+    def collect(self, worker):
+        """Note how a job ended."""
+        job, process, lock, start = self.running.pop(worker)
+        lock.close()
+        if job.find()[0] == "finished" and process.returncode == 0:
+            self.finished.append(job)
+            seconds = time.monotonic() - start
+            self.say(f"finished {job} in {seconds:,.0f} s: {last_line(job.log)}")
+        elif self.signals:
+            self.stopped.append(job)
+        else:
+            reason = f"exit code {process.returncode}: {last_line(job.log)}"
+            self.failed.append((job, reason))
+            self.say(f"failed {job}, {reason}")
+
+    def __call__(self):
+        """Run everything -> exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        waiting = list(self.jobs)
+        while self.running or (waiting and not self.signals):
+            for worker in range(self.workers):
+                while waiting and worker not in self.running and not self.signals:
+                    self.start(waiting.pop(0), worker)
+            for worker in [w for w, r in self.running.items() if r[1].poll() is not None]:
+                self.collect(worker)
+            self.show_progress()
+            time.sleep(0.2)
+        return self.summary(len(waiting) + len(self.stopped))
+
+    def summary(self, left):
+        """What happened, the failures with their logs, how to go on -> exit code."""
+        self.say(
+            f"{len(self.jobs)} runs: {len(self.finished)} finished now, {len(self.before)} before, "
+            f"{len(self.failed)} failed, {left} left"
+        )
+        for job, reason in self.failed:
+            print(f"failed: {job}: {reason}\n  log: {job.log}")
+        if left:
+            print("stopped; the same command goes on where the runs stand")
+        return 130 if left else int(bool(self.failed))
+
+
+def last_line(path):
+    """The last line of a log that is not empty."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = [x for x in file.read().decode(errors="replace").splitlines() if x.strip()]
+    return lines[-1].strip() if lines else ""
+
+
+# ---- main ----
+def main(argv):
+    """Split off what follows a lone --, expand, then print, write or run -> exit code."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, extra = tyro.cli(Args, description=__doc__, args=argv[:cut]), argv[cut + 1 :]
+    try:
+        jobs = expand(args, extra)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    if args.index is not None:
+        jobs = jobs[args.index : args.index + 1]
+    if args.slurm:
+        write_slurm(args.slurm, args.slurm_template, jobs, args, extra)
+    elif args.workers:
+        return Launch(jobs, args.workers, args.devices)()
+    else:
+        print_commands(jobs)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
