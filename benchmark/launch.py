@@ -107,12 +107,12 @@ def load_script(path):
 
 
 def resolve(script, flags, where):
-    """The arguments a script would run with, or its refusal."""
-    refusal = io.StringIO()
+    """The arguments with which the script's `run` would call its `train`, or its refusal."""
+    found, refusal, script.train = [], io.StringIO(), lambda args, task: found.append(args)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(refusal):
-            args = tyro.cli(script.Args, args=list(flags), prog=where)
-            return script.resolve(args, script.parse_task(args.env_id, script.OTHER_TASKS))
+            script.run(tyro.cli(script.Args, args=list(flags), prog=where))
+        return found[0]
     except script.UserError as e:
         raise UserError(f"{where}: {e}") from e
     except SystemExit as e:  # tyro has said which flag is wrong

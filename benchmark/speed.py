@@ -1,44 +1,271 @@
-"""How fast one update is, against what this machine's matrix products allow. One run, one table.
+"""How fast updates, actions and environments are on this machine. One run, one table.
 
-    python benchmark/speed.py                 # paper settings: obs 29, act 8, batch 256, 4 x 512
+    python benchmark/speed.py                          # every method at its paper's settings
+    python benchmark/speed.py --num-seeds 1 2 4 8      # and how it scales over vmapped seeds
+    python benchmark/speed.py --quick                  # tiny networks: does it run? (tests)
 
-For GSFlow and for its FQL flags: milliseconds per update inside one dispatch, the floating-point
-operations counted from the layer sizes (dense layers, forward 2 m n per row, backward twice that),
-the rate that makes, and its share of the rate of a bare float32 product (batch, 512) x (512, 512)
-measured in the same run. `--num-seeds` adds rows for several vmapped seeds.
+Rows "update": milliseconds per update of all seeds inside one dispatch, data sampled on the device.
+  x one at a time   the same update of one seed, dispatched by itself on a batch that NumPy gathers,
+                    takes so many times as long (per seed)
+  of product rate   floating-point operations, counted from the layer sizes (dense layers: 2 m n per
+                    row forward, twice that backward), per second, as a share of what a bare float32
+                    product (256, 512) x (512, 512) reaches in the same run
+Rows "action": one decision for one observation, from the call to the array on the host.
+Rows "steps": environment steps, of the JAX point maze (vmapped) and of OGBench's own (one process).
 """
 
 import dataclasses
+import functools
 import importlib.util
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
-SCRIPT = Path(__file__).resolve().parent.parent / "algos" / "gsflow.py"
+ALGOS = Path(__file__).resolve().parent.parent / "algos"
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    obs_dim: int = 29  # observation size (antmaze: 29)
-    act_dim: int = 8  # action size (antmaze: 8)
-    num_rows: int = 100_000  # rows of the random dataset
-    updates: int = 10  # updates per timed dispatch (GPU: use 500)
-    repeats: int = 5  # timed dispatches; the fastest counts
+    methods: tuple[str, ...] = ()  # rows of these methods only (default: all whose script is here)
     num_seeds: tuple[int, ...] = (1,)  # vmapped seeds, one row each
+    num_rows: int = 100_000  # rows of the random dataset
+    seconds: float = 2.0  # about how long one timed dispatch lasts
+    repeats: int = 5  # timed dispatches; the fastest counts
+    num_envs: int = 1_000  # JAX environments, vmapped
+    env_steps: int = 200  # steps of each environment
+    quick: bool = False  # tiny networks and short timings: a check that all of it runs
 
 
-def load_gsflow():
-    spec = importlib.util.spec_from_file_location("gsflow", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gsflow"] = module
-    spec.loader.exec_module(module)
-    return module
+class Case(NamedTuple):
+    """What is measured of one method; the only part that knows its script."""
+
+    script: Any  # the module
+    args: Any  # resolved arguments
+    sizes: tuple  # observation and action size
+    data: dict  # random dataset on the device
+    step: Callable  # (carry, data) -> carry: sample and update, one seed
+    update: Callable  # (state, batches, key) -> state: the same on given batches
+    gather: Callable  # (rows: NumPy arrays, indices) -> one batch, on the host
+    policies: dict  # mode of acting -> function (state, obs (D,), key) -> action(s)
+    flops: Callable  # (params) -> operations of one update
+    updates: int = 1  # updates in one step
+    batches: int = 1  # batches in one step
 
 
+# ---- the methods ----
+def load_script(name):
+    """Import algos/NAME.py, once."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ALGOS / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def resolve(script, flags):
+    """Arguments as the script's `run` resolves them, from keyword flags."""
+    found, train = [], script.train
+    script.train = lambda args, task: found.append(args)
+    try:
+        script.run(script.Args(**flags))
+    finally:
+        script.train = train
+    return found[0]
+
+
+def kernel_flops(params, *names):
+    """2 m n per row for each dense kernel below entries whose name starts with one of `names`."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        keys = [entry.key for entry in path]
+        if keys[-1] == "kernel" and any(k.startswith(n) for k in keys for n in names):
+            total += 2 * leaf.size  # ensemble members included
+    return total
+
+
+def random_rows(num_rows, obs_dim, act_dim):
+    """A dataset in the raw format of `load_dataset`: episodes of 1,000 rows, no goal reached."""
+    rng, shape = np.random.default_rng(0), (num_rows, obs_dim)
+    rows = np.arange(num_rows)
+    return dict(
+        observations=rng.normal(size=shape).astype(np.float32),
+        next_observations=rng.normal(size=shape).astype(np.float32),
+        actions=rng.uniform(-1, 1, (num_rows, act_dim)).astype(np.float32),
+        rewards=-np.ones(num_rows, np.float32),
+        masks=np.ones(num_rows, np.float32),
+        terminals=((rows % 1_000 == 999) | (rows == num_rows - 1)).astype(np.float32),
+    )
+
+
+def gather_rows(rows, index):
+    """Batch of single rows."""
+    return {k: v[index] for k, v in rows.items()}
+
+
+def gather_windows(rows, index, horizon, gamma):
+    """Batch of windows of `horizon` rows: what `sample_chunks` returns, by NumPy."""
+    index = np.minimum(index, len(rows["rewards"]) - horizon)[:, None] + np.arange(horizon)
+    terminals = rows["terminals"][index]
+    return dict(
+        obs=rows["obs"][index[:, 0]],
+        actions=rows["actions"][index].reshape(len(index), -1),
+        returns=(gamma ** np.arange(horizon) * rows["rewards"][index]).sum(1).astype(np.float32),
+        discounts=np.float32(gamma**horizon) * rows["masks"][index].min(1),
+        next_obs=rows["next_obs"][index[:, -1]],
+        valid=(np.cumsum(terminals, 1) - terminals == 0).astype(np.float32),
+    )
+
+
+def gsflow_case(flags, num_rows):
+    """GSFlow, or FQL by flags, on antmaze-large."""
+    script, sizes = load_script("gsflow"), (29, 8)
+    args = resolve(script, dict(env_id="antmaze-large") | flags)
+    args = script.fill(args, target_entropy=-args.target_entropy_scale * sizes[1])
+    nets = script.make_networks(args, sizes[1])
+    settings = script.PhaseSettings(jnp.float32(args.alpha), jnp.float32(0))
+
+    def flops(params):
+        names = ("velocity", "critic", "student", "encoder", "decoder")
+        velocity, critic, student, encoder, decoder = (kernel_flops(params, n) for n in names)
+        candidates = args.num_candidates if args.prior == "cvae" else 0
+        teacher = args.flow_steps * (candidates + 1) * velocity + candidates * critic
+        losses = 3 * velocity + 4 * student + 6 * critic + 4 * (encoder + decoder)
+        return args.batch_size * (teacher + losses)
+
+    return Case(
+        script, args, sizes,
+        data=script.device_data(random_rows(num_rows, *sizes), args.n_step, args.gamma),
+        step=lambda carry, data: script.sample_and_update(carry, data, settings, nets, args)[0],
+        update=lambda state, b, key: script.update(state, b[0], key, settings, nets, args)[0],
+        gather=gather_rows,
+        policies=script.evaluation_policies(nets, args, sizes[1]),
+        flops=flops,
+    )  # fmt: skip
+
+
+def flowq_case(flags, num_rows):
+    """FlowQ on antmaze-large."""
+    script, sizes = load_script("flowq"), (29, 8)
+    args = resolve(script, dict(env_id="antmaze-large") | flags)
+    nets = script.make_networks(args, sizes[1])
+    settings = script.Settings(jnp.float32(args.guidance_lambda))
+
+    def flops(params):
+        velocity, critic = kernel_flops(params, "velocity"), kernel_flops(params, "critic")
+        target = args.flow_steps * velocity + critic if args.critic == "td" else 0
+        guidance = 3 * critic  # slope: forward and back to the action; scale: forward
+        return args.batch_size * (target + guidance + 3 * velocity + 3 * critic)
+
+    return Case(
+        script, args, sizes,
+        data=script.prepare(random_rows(num_rows, *sizes), args),
+        step=lambda carry, data: script.sample_and_update(carry, data, settings, nets, args)[0],
+        update=lambda state, b, key: script.update(state, b[0], key, settings, nets, args)[0],
+        gather=gather_rows,
+        policies=script.evaluation_policies(nets, args, sizes[1]),
+        flops=flops,
+    )  # fmt: skip
+
+
+def fmq_case(flags, num_rows, objective="offline"):
+    """FMQ, or Q-chunking by flags, on cube-triple; chunks of 5 actions."""
+    script, sizes = load_script("fmq"), (46, 5)
+    args = resolve(script, dict(env_id="cube-triple-task4") | flags)
+    nets = script.make_networks(args, sizes[1])
+
+    def flops(params):
+        actor, critic = kernel_flops(params, "actor"), kernel_flops(params, "critic")
+        # of a candidate, the first layer sees the chunk alone: state and times are done once
+        width, chunk = args.hidden_dims[0], args.horizon * sizes[1]
+        kernel = params["actor"]["params"]["MLP_0"]["FirstDense_0"]["kernel"]
+        once_actor = 2 * width * (kernel.shape[0] - chunk)
+        once_critic = 2 * width * sizes[0] * args.num_critics
+        jumps = 1 if args.actor == "flowmap" else args.flow_steps
+        candidates = args.num_samples * (jumps * (actor - once_actor) + critic - once_critic)
+        shared = jumps * 2 * width * sizes[0] + once_critic
+        imitation = 3 * actor if args.actor == "flow" else 7 * actor  # diagonal 3, Eulerian 4
+        learning = imitation if objective == "offline" else 4 * actor + 2 * critic
+        return args.batch_size * (candidates + shared + 4 * critic + learning)
+
+    return Case(
+        script, args, sizes,
+        data=script.chunk_data(random_rows(num_rows, *sizes)),
+        step=lambda carry, data: script.sample_and_update(carry, data, objective, nets, args)[0],
+        update=lambda state, b, key: script.update(state, b[0], key, objective, nets, args)[0],
+        gather=lambda rows, index: gather_windows(rows, index, args.horizon, args.gamma),
+        policies=script.evaluation_policies(nets, args, sizes[1]) if objective == "offline" else {},
+        flops=flops,
+    )  # fmt: skip
+
+
+def sac_flow_case(flags, num_rows):
+    """SAC Flow: from scratch on Hopper, or offline-to-online on cube-triple."""
+    script = load_script("sac_flow")
+    args = resolve(script, flags)
+    online = args.mode == "online"
+    sizes = (11, 3) if online else (46, 5)
+    args = script.fit_to_task(args, *sizes)
+    nets = script.make_networks(args, sizes[1])
+    settings = script.PhaseSettings(jnp.float32(args.beta or 0))
+
+    def flops(params):
+        actor, critic = params["actor"], kernel_flops(params, "critic")
+        context = kernel_flops(actor, "noise", "memory", "cross_")  # once per rollout
+        time = kernel_flops(actor, "time")  # of one row, except in flow matching
+        velocity = kernel_flops(actor, "") - context - time
+        rollout = context + args.flow_steps * velocity
+        if online:  # one pass of the critics over both pairs; an actor step every policy_delay
+            per_row = rollout + 6 * critic + (3 * rollout + 2 * critic) / args.policy_delay
+        else:  # a critic step with flow matching, then one with the actor's
+            per_row = 2 * (rollout + 4 * critic) + 3 * (context + velocity + time)
+            per_row += 3 * rollout + 2 * critic
+        return args.batch_size * per_row
+
+    def update(state, batches, key):
+        for kind in ("rl",) if online else ("bc", "rl"):
+            state, _ = script.update(state, batches, key, settings, nets, args, kind)
+        return state
+
+    return Case(
+        script, args, sizes,
+        data=script.chunk_data(random_rows(num_rows, *sizes)),
+        step=lambda carry, data: script.sample_and_update(carry, data, settings, nets, args)[0],
+        update=update,
+        gather=lambda rows, index: gather_windows(rows, index, args.horizon_length, args.gamma),
+        policies=script.evaluation_policies(nets, args),
+        flops=flops, updates=args.policy_delay, batches=args.policy_delay,
+    )  # fmt: skip
+
+
+FQL = dict(prior="gaussian", student="deterministic")
+HOPPER, CUBES = dict(env_id="Hopper-v5"), dict(env_id="cube-triple-task4")
+METHODS = {  # name: (script, function (flags, num_rows) -> Case, flags)
+    "GSFlow": ("gsflow", gsflow_case, {}),
+    "FQL": ("gsflow", gsflow_case, FQL),
+    "FlowQ": ("flowq", flowq_case, {}),
+    "FMQ offline": ("fmq", fmq_case, {}),
+    "FMQ online": ("fmq", functools.partial(fmq_case, objective="fmq"), {}),
+    "QC": ("fmq", fmq_case, dict(actor="flow", eval_modes=("best-of-n",))),
+    "SAC Flow-G Hopper": ("sac_flow", sac_flow_case, HOPPER | dict(policy="flow-g")),
+    "SAC Flow-T Hopper": ("sac_flow", sac_flow_case, HOPPER | dict(policy="flow-t")),
+    "SAC Flow-T cubes": ("sac_flow", sac_flow_case, CUBES | dict(policy="flow-t")),
+}
+QUICK = {  # flags that make a script's networks tiny
+    "gsflow": dict(hidden_dims=(16, 16), prior_hidden_dims=(16,), batch_size=16),
+    "flowq": dict(hidden_dims=(16, 16), batch_size=16),
+    "fmq": dict(hidden_dims=(16, 16), batch_size=16, num_samples=4),
+    "sac_flow": dict(hidden_dim=16, d_model=16, critic_hidden_dims=(16, 16), batch_size=16),
+}
+
+
+# ---- timing ----
 def fastest(fn, repeats):
     """Seconds of the fastest of several calls, after one that compiles."""
     jax.block_until_ready(fn())
@@ -50,81 +277,157 @@ def fastest(fn, repeats):
     return min(times)
 
 
-def matmul_rate(batch, width, repeats):
-    """FLOP/s of (batch, width) x (width, width) products in float32, hundreds in one dispatch."""
+def per_call(fn, bench):
+    """Seconds per repetition of `fn(n)`, with n such that a call lasts about `bench.seconds`."""
+    n = 1
+    while (once := fastest(functools.partial(fn, n), 1)) < bench.seconds / 8:
+        n *= 4
+    n = max(1, round(n * bench.seconds / once))
+    return fastest(functools.partial(fn, n), bench.repeats) / n
+
+
+def matmul_rate(bench, batch=256, width=512):
+    """FLOP/s of (batch, width) x (width, width) products in float32, many in one dispatch."""
     x = jax.random.normal(jax.random.key(0), (batch, width))
     w = jax.random.normal(jax.random.key(1), (width, width)) / width**0.5
-    products = 300
-    program = jax.jit(lambda x, w: jax.lax.fori_loop(0, products, lambda i, x: x @ w, x))
-    return products * 2 * batch * width * width / fastest(lambda: program(x, w), repeats)
+    program = jax.jit(lambda x, w, n: jax.lax.fori_loop(0, n, lambda i, x: x @ w, x))
+    return 2 * batch * width**2 / per_call(lambda n: program(x, w, n), bench)
 
 
-def count_flops(params, args, batch):
-    """FLOPs of one update, from the kernels' sizes; the logging-free count of the method's cost."""
-
-    def per_row(group):
-        kernels = [x for x in jax.tree.leaves(params.get(group, {})) if x.ndim >= 2]
-        return sum(2 * x.size for x in kernels if x.shape[-1] * x.shape[-2] > x.shape[0])
-
-    velocity, critic, student = (per_row(g) for g in ("velocity", "critic", "student"))
-    extra = 4 * (per_row("encoder") + per_row("decoder"))
-    candidates = args.num_candidates if args.prior == "cvae" else 0
-    rows = args.flow_steps * (candidates + 1) * velocity + candidates * critic
-    return batch * (rows + 3 * velocity + 4 * student + 6 * critic + extra)
+def start_carry(case):
+    obs_dim, act_dim = case.sizes
+    mean, std = jnp.zeros(obs_dim), jnp.ones(obs_dim)
+    return {"state": case.script.start_states(case.args, obs_dim, act_dim, mean, std)}
 
 
-def measure(gsflow, flags, seeds, bench):
-    """(milliseconds per update of all seeds, FLOPs of one seed's update)."""
-    args = gsflow.Args(env_id="antmaze-large", num_seeds=seeds, **flags)
-    args = gsflow.resolve(args, gsflow.parse_task(args.env_id))
-    args = gsflow.fill(args, target_entropy=-0.5 * bench.act_dim)
-    keys = jax.random.split(jax.random.key(0), 4)
-    obs_shape = (bench.num_rows, bench.obs_dim)
-    data = dict(
-        obs=jax.random.normal(keys[0], obs_shape),
-        next_obs=jax.random.normal(keys[1], obs_shape),
-        actions=jax.random.uniform(keys[2], (bench.num_rows, bench.act_dim), minval=-1),
-        returns=jax.random.normal(keys[3], (bench.num_rows,)),
-        discounts=jnp.full(bench.num_rows, 0.99),
-    )
-    nets = gsflow.make_networks(args, bench.act_dim)
-    mean, std = jnp.zeros(bench.obs_dim), jnp.ones(bench.obs_dim)
-    state = gsflow.start_states(args, bench.obs_dim, bench.act_dim, mean, std)
-    settings = gsflow.PhaseSettings(jnp.float32(args.alpha), jnp.float32(0))
+def time_dispatched(case, bench):
+    """Seconds per update of all seeds, many updates in one dispatch."""
+    program, carry = case.script.Program(case.step, case.data), start_carry(case)
 
-    def step(carry, data, settings):
-        return gsflow.sample_and_update(carry, data, settings, nets, args)[0]
-
-    program = gsflow.Program(step, data, settings)
-    carry = {"state": state}
-
-    def dispatch():
+    def dispatch(n):
         nonlocal carry
-        carry = program(carry, bench.updates)
+        carry = program(carry, n)
         return carry
 
-    seconds = fastest(dispatch, bench.repeats) / bench.updates
-    params = jax.tree.map(lambda x: x[0], carry["state"].params)
-    return 1e3 * seconds, count_flops(params, args, args.batch_size)
+    return per_call(dispatch, bench) / case.updates
+
+
+def time_one_at_a_time(case, bench):
+    """Seconds per update of one seed: NumPy gathers a batch, one dispatch updates on it."""
+    state = jax.tree.map(lambda x: x[0], start_carry(case)["state"])
+    rows, rng = jax.device_get(case.data), np.random.default_rng(0)
+    size, key = len(rows["obs"]), jax.random.key(0)
+    update = jax.jit(case.update, donate_argnums=0)
+    state, step = jax.tree.map(jnp.copy, state), 0
+
+    def updates(n):
+        nonlocal state, step
+        for _ in range(n):
+            indices = rng.integers(size, size=(case.batches, case.args.batch_size))
+            batches = [case.gather(rows, index) for index in indices]
+            state, step = update(state, batches, jax.random.fold_in(key, step)), step + 1
+        return state
+
+    return per_call(updates, bench) / case.updates
+
+
+def time_action(case, policy, bench):
+    """Seconds from an observation on the host to its action(s) on the host."""
+    state = jax.tree.map(lambda x: x[0], start_carry(case)["state"])
+    act, key = jax.jit(policy), jax.random.key(0)
+    obs = np.zeros(case.sizes[0], np.float32)
+
+    def decide(n):
+        for _ in range(n):
+            np.asarray(act(state, obs, key))
+
+    return per_call(decide, dataclasses.replace(bench, seconds=bench.seconds / 4))
+
+
+def time_jax_env(bench):
+    """Seconds per step of one of many vmapped point mazes, random actions."""
+    script = load_script("gsflow")
+    env, n = script.PointMaze("medium", 1), bench.num_envs
+
+    def step(i, env_state):
+        action_key, env_key = jax.random.split(jax.random.key(i))
+        actions = jax.random.uniform(action_key, (n, 2), minval=-1.0)
+        return script.step_envs(env, env_state, actions, env_key)[0]
+
+    steps = jax.jit(lambda s: jax.lax.fori_loop(0, bench.env_steps, step, s))
+    env_state = jax.jit(lambda: script.reset_envs(env, jax.random.key(0), n))()
+    return fastest(lambda: steps(env_state), bench.repeats) / (n * bench.env_steps)
+
+
+def time_host_env(bench):
+    """Seconds per step of OGBench's own point maze in this process, random actions."""
+    env = load_script("gsflow").make_host_env("pointmaze-medium-singletask-task1-v0", "post")
+    env.reset(seed=0)
+    actions = np.random.default_rng(0).uniform(-1, 1, (bench.env_steps, 2)).astype(np.float32)
+
+    def steps():
+        for action in actions:
+            _, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                env.reset()
+
+    seconds = fastest(steps, bench.repeats) / bench.env_steps
+    env.close()
+    return seconds
+
+
+# ---- the table ----
+COLUMNS = ("what", "seeds or envs", "ms each", "per second", "x one at a time")
+COLUMNS += ("GFLOP each", "GFLOP/s", "of product rate")
+
+
+def row(what, count, seconds, ratio="", gflop="", rate="", share=""):
+    """One line; `seconds` per update of all seeds, per action, or per step of one environment."""
+    per_second = f"{1 / seconds:,.0f}" if seconds < 0.01 else f"{1 / seconds:.3g}"
+    cells = (what, count, f"{1e3 * seconds:.3g}", per_second, ratio, gflop, rate, share)
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def measure(name, bench, product_rate):
+    """Lines of one method."""
+    script, make_case, flags = METHODS[name]
+    flags = flags | (QUICK[script] if bench.quick else {})
+    alone = None
+    for seeds in bench.num_seeds:
+        case = make_case(flags | dict(num_seeds=seeds), bench.num_rows)
+        alone = time_one_at_a_time(case, bench) if alone is None else alone
+        params = jax.tree.map(lambda x: x[0], start_carry(case)["state"].params)
+        seconds, work = time_dispatched(case, bench), seeds * case.flops(params)
+        yield row(
+            f"{name} update", seeds, seconds, f"{alone * seeds / seconds:.2f}", f"{work / 1e9:.3g}",
+            f"{work / seconds / 1e9:,.0f}", f"{work / seconds / product_rate:.0%}",
+        )  # fmt: skip
+    for mode, policy in case.policies.items():
+        yield row(f"{name} action {mode}".strip(), 1, time_action(case, policy, bench))
 
 
 def main(bench):
-    gsflow = load_gsflow()
-    rate = matmul_rate(256, 512, bench.repeats)
+    if bench.quick:
+        bench = dataclasses.replace(
+            bench, num_rows=2_000, seconds=0.01, repeats=1, num_envs=10, env_steps=20
+        )
+    known = [name for name, (script, *_) in METHODS.items() if (ALGOS / f"{script}.py").is_file()]
+    if unknown := set(bench.methods) - set(known):
+        print(f"error: no method {', '.join(unknown)}; there are: {', '.join(known)}")
+        return 2
+    rate = matmul_rate(bench)
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    print(f"float32 product (256, 512) x (512, 512): {rate / 1e9:,.0f} GFLOP/s\n")
-    print("| method | seeds | ms / update | updates/s | GFLOP | GFLOP/s | share of product rate |")
-    print("|---|---|---|---|---|---|---|")
-    for name, flags in (("GSFlow", {}), ("FQL", dict(prior="gaussian", student="deterministic"))):
-        for seeds in bench.num_seeds:
-            ms, flops = measure(gsflow, flags, seeds, bench)
-            achieved = seeds * flops / ms * 1e3
-            print(
-                f"| {name} | {seeds} | {ms:.1f} | {1e3 / ms:.1f} | {seeds * flops / 1e9:.1f} | "
-                f"{achieved / 1e9:,.0f} | {achieved / rate:.0%} |",
-                flush=True,
-            )
+    print(f"float32 product (256, 512) x (512, 512): {rate / 1e9:,.0f} GFLOP/s")
+    print("tiny networks: these numbers mean nothing\n" if bench.quick else "")
+    print("| " + " | ".join(COLUMNS) + " |")
+    print("|" + "---|" * len(COLUMNS))
+    for name in bench.methods or known:
+        for line in measure(name, bench, rate):
+            print(line, flush=True)
+    print(row("point maze steps, JAX", bench.num_envs, time_jax_env(bench)))
+    print(row("point maze steps, OGBench", 1, time_host_env(bench)), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    sys.exit(main(tyro.cli(Args, description=__doc__)))
