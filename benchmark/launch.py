@@ -108,7 +108,8 @@ def load_script(path):
 
 def resolve(script, flags, where):
     """The arguments with which the script's `run` would call its `train`, or its refusal."""
-    found, refusal, script.train = [], io.StringIO(), lambda args, task: found.append(args)
+    found, refusal, train = [], io.StringIO(), script.train
+    script.train = lambda args, task: found.append(args)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(refusal):
             script.run(tyro.cli(script.Args, args=list(flags), prog=where))
@@ -118,6 +119,8 @@ def resolve(script, flags, where):
     except SystemExit as e:  # tyro has said which flag is wrong
         print(refusal.getvalue(), file=sys.stderr)
         raise UserError(f"{where}: wrong flags, see above") from e
+    finally:
+        script.train = train
 
 
 def expand(args, extra):

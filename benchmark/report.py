@@ -229,7 +229,7 @@ def row_of(group, metric, published, cited, resamples):
     low, high = bootstrap_interval([scores], resamples)
     results = [run.result for run in group.runs]
     headline = f"eval/{metric}_last_three"
-    last = [(r[headline], len(r["seeds"])) for r in results if headline in r]
+    last = [r[headline] for r in results if headline in r for _ in r["seeds"]]
     theirs = []
     for method, text, source in published_entries(published, group, metric):
         cited.setdefault(source, len(cited) + 1)
@@ -244,7 +244,7 @@ def row_of(group, metric, published, cited, resamples):
         "/".join(map(str, sorted(episodes))),
         f"{scores.mean():.2f}{spread(scores)}",
         f"{interquartile_mean(scores):.2f} [{low:.2f}, {high:.2f}]",
-        f"{np.average(*zip(*last, strict=True)):.2f}" if last else "",
+        f"{np.mean(last):.2f}" if last else "",
         f"{results[-1]['steps']:,}",
         f"{np.mean(seconds):,.0f} s",
         "; ".join(theirs),
@@ -380,5 +380,9 @@ def main(args):
     return 0
 
 
+def main_of(argv=None):
+    return main(tyro.cli(Args, description=__doc__, args=argv))
+
+
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args, description=__doc__)))
+    sys.exit(main_of())

@@ -62,11 +62,12 @@ class Case(NamedTuple):
 # ---- the methods ----
 def load_script(name):
     """Import algos/NAME.py, once."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ALGOS / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    module = f"cleanflow_{name}"
+    if module not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module, ALGOS / f"{name}.py")
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[module])
+    return sys.modules[module]
 
 
 def resolve(script, flags):

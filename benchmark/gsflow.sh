@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Every published table and figure of GSFlow (arXiv 2603.14245), at full budget: sizes, steps and
+# presets are the scripts' defaults. A command prints what it would run; arguments of this script
+# are passed on, so:
+#   bash benchmark/gsflow.sh                                print all commands
+#   bash benchmark/gsflow.sh --workers 4 --devices 0 1 2 3  run them on four GPUs
+# For SLURM, copy one command and add --slurm FILE. One seed of 1M updates takes 62 PFLOP (GSFlow)
+# or 12 PFLOP (FQL). Then: python benchmark/report.py runs/gsflow-tables
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+GSFLOW="gsflow"
+FQL="fql=gsflow --prior gaussian --student deterministic"
+
+# Offline OGBench table, default tasks of ten environments: GSFlow and its baseline FQL. The paper
+# has 5 seeds; alpha of GSFlow is published for cube-double alone, sweep it elsewhere (below).
+python benchmark/launch.py --algos "$GSFLOW" "$FQL" --seeds 0 1 2 3 4 \
+    --tasks antmaze-large antmaze-giant humanoidmaze-medium humanoidmaze-large antsoccer-arena \
+    cube-single cube-double scene puzzle-3x3 puzzle-4x4 --out runs/gsflow-tables/offline "$@"
+
+# Offline-to-online OGBench table: 1M offline, then 1M online steps.
+python benchmark/launch.py --algos "$GSFLOW" "$FQL" --seeds 0 1 2 3 4 \
+    --tasks humanoidmaze-medium antsoccer-arena cube-double scene puzzle-4x4 \
+    --out runs/gsflow-tables/online "$@" -- --online-steps 1000000
+
+# Table of the number of candidates N = 5, 10, 15.
+python benchmark/launch.py --algos "n5=gsflow --num-candidates 5" "n10=gsflow" \
+    "n15=gsflow --num-candidates 15" --tasks cube-double --seeds 0 1 2 3 4 \
+    --out runs/gsflow-tables/candidates "$@"
+
+# Entropy-control ablation, offline-to-online: the deterministic student keeps the guided prior.
+python benchmark/launch.py --algos "$GSFLOW" "no-entropy=gsflow --student deterministic" "$FQL" \
+    --tasks puzzle-4x4 --seeds 0 1 2 3 4 --out runs/gsflow-tables/entropy "$@" \
+    -- --online-steps 1000000
+
+# Not a table of the paper: the sweep of alpha for tasks without a published value.
+python benchmark/launch.py --algos "a3=gsflow --alpha 3" "a10=gsflow --alpha 10" \
+    "a30=gsflow --alpha 30" "a50=gsflow --alpha 50" "a100=gsflow --alpha 100" \
+    "a300=gsflow --alpha 300" "a1000=gsflow --alpha 1000" --seeds 0 1 2 \
+    --tasks antmaze-large antmaze-giant humanoidmaze-medium humanoidmaze-large antsoccer-arena \
+    cube-single scene puzzle-3x3 puzzle-4x4 --out runs/gsflow-tables/alpha "$@"
+
+# Figure of the toy: multi-crescent, offline, then online.
+python benchmark/launch.py --algos "$GSFLOW" "$FQL" --tasks multi-crescent --seeds 0 \
+    --out runs/gsflow-tables/toy "$@" -- --online-steps 6000 --num-seeds 4
+
+# Table of training and inference time: python benchmark/speed.py --methods GSFlow FQL
+
+# The paper's pixel and D4RL tables need environments that are not here.

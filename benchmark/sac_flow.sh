@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Every published figure of SAC Flow (arXiv 2509.25756) whose tasks are here, at full budget. The
+# paper shows curves and has no per-task table: compare shapes and orders. The published curves of
+# MuJoCo are the training return of the stochastic policy, charts/episodic_return; evaluations with
+# and without noise are ours.
+#   bash benchmark/sac_flow.sh                                 print all commands
+#   bash benchmark/sac_flow.sh --workers 4 --devices 0 1 2 3   run them on four GPUs
+# One seed takes 15 to 25 PFLOP (MuJoCo, 1M steps), about 19 (cubes). Then:
+#   python benchmark/report.py runs/sac-flow-tables
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# From scratch on MuJoCo, 1M steps, 5 seeds: Flow-G, Flow-T, the naive flow that both repair, and
+# SAC with a Gaussian. Published with the -v4 environments.
+POLICIES=("flow-g=sac_flow --policy flow-g" "flow-t=sac_flow --policy flow-t"
+    "naive=sac_flow --policy mlp" "gaussian=sac_flow --policy gaussian")
+python benchmark/launch.py --algos "${POLICIES[@]}" --seeds 0 1 2 3 4 \
+    --tasks Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4 HumanoidStandup-v4 \
+    --out runs/sac-flow-tables/mujoco "$@"
+
+# Offline-to-online on OGBench's cubes, 1M + 1M. Quadruple was published with 100M rows of data.
+python benchmark/launch.py --algos "flow-g=sac_flow --policy flow-g" \
+    "flow-t=sac_flow --policy flow-t" "naive=sac_flow --policy mlp" --seeds 0 1 2 3 4 \
+    --tasks cube-double-task4 cube-triple-task4 cube-quadruple-task4 \
+    --out runs/sac-flow-tables/cubes "$@"
+
+# Number of flow steps K on Ant.
+python benchmark/launch.py --algos "g4=sac_flow --policy flow-g --flow-steps 4" \
+    "g7=sac_flow --policy flow-g --flow-steps 7" "g10=sac_flow --policy flow-g --flow-steps 10" \
+    "t4=sac_flow --policy flow-t --flow-steps 4" "t7=sac_flow --policy flow-t --flow-steps 7" \
+    "t10=sac_flow --policy flow-t --flow-steps 10" --tasks Ant-v4 --seeds 0 1 2 3 4 \
+    --out runs/sac-flow-tables/flow-steps "$@"
+
+# Width of Flow-G on Ant.
+python benchmark/launch.py --algos "w64=sac_flow --hidden-dim 64" \
+    "w256=sac_flow --hidden-dim 256" "w512=sac_flow --hidden-dim 512" --tasks Ant-v4 \
+    --seeds 0 1 2 3 4 --out runs/sac-flow-tables/width "$@"

@@ -1,0 +1,325 @@
+"""The launcher: expansion, skipping, resuming, failures, Ctrl-C, SLURM, and the .sh files."""
+
+import fcntl
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SCRIPTS, load_script
+
+LAUNCH = ROOT / "benchmark" / "launch.py"
+FAKE = """
+import dataclasses, json, os, signal, sys, time
+from pathlib import Path
+
+import tyro
+
+
+class UserError(Exception):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    env_id: str = "toy"
+    seed: int = 0
+    out_dir: str = "runs"
+    resume: str | None = None
+    evaluate: str | None = None
+    steps: int | None = None  # as a script's: filled in by `run`
+    pace: float = 0.0
+    broken: bool = False
+
+
+def train(args, task):
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    directory = Path(args.resume or Path(args.out_dir) / f"{args.env_id}__fake__{args.seed}")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
+    checkpoint = directory / "checkpoint.msgpack"
+    for step in range(int(checkpoint.read_text()) if args.resume else 0, args.steps):
+        time.sleep(args.pace)
+        if args.broken and step == 1:
+            sys.exit("error: it broke")
+        with open(directory / "steps.txt", "a") as file:
+            print(step, file=file)
+        checkpoint.write_text(str(step + 1))
+        print("step", step, os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+        if stop:
+            sys.exit(143)
+    (directory / "result.json").write_text("{}")
+    print("done")
+
+
+def run(args):
+    if args.env_id == "nowhere":
+        raise UserError("unknown task 'nowhere'")
+    train(dataclasses.replace(args, env_id=args.env_id + "-v0", steps=args.steps or 3), None)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.resume:
+        args = Args(**json.loads((Path(args.resume) / "args.json").read_text()) |
+                    {"resume": args.resume})
+        train(args, None)
+    else:
+        run(args)
+"""
+# the options that the sbatch manual page documents, among those a template may use
+SBATCH = "account array constraint cpus-per-task gpus gres job-name mail-type mem nodes ntasks "
+SBATCH += "open-mode output error partition qos requeue signal time"
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Function (*words) -> argv of the launcher with the fake script, in a directory of its own."""
+    algos = tmp_path / "algos"
+    algos.mkdir()
+    (algos / "fake.py").write_text(FAKE)
+
+    def command(*words, out="runs", tasks=("toy",)):
+        own = ["--algos-dir", algos, "--out", tmp_path / out, "--tasks", *tasks]
+        return [sys.executable, str(LAUNCH), *map(str, own), *map(str, words)]
+
+    return command
+
+
+def call(command, **options):
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def steps(tmp_path):
+    """{label-seed: steps in the order done} of all runs."""
+    found = {}
+    for path in tmp_path.glob("runs/*/*/*/*/steps.txt"):
+        found[f"{path.parts[-5]}-{path.parts[-3][0]}"] = path.read_text().split()
+    return found
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+# ---- expansion ----
+def test_prints_the_product_as_commands(launch):
+    words = ["--algos", "fake", "slow=fake --pace 1", "--seeds", 0, 7]
+    out = call(launch(*words, "--", "--steps", 2, tasks=("toy", "maze --broken"))).stdout
+    lines = [shlex.split(line) for line in out.splitlines()]
+    assert len(lines) == 8
+    cells = set()
+    for line in lines:
+        assert line[0] == "python" and line[1].endswith("fake.py")
+        flags = dict(itertools.pairwise(line))
+        assert flags["--steps"] == "2"
+        assert ("--broken" in line) == (flags["--env-id"] == "maze")
+        cells.add((flags["--env-id"], flags["--seed"], "--pace" in line))
+    assert len(cells) == 8
+    homes = {line[line.index("--out-dir") + 1] for line in lines}
+    assert len(homes) == 8
+    assert sum("/slow/toy/" in home for home in homes) == 2
+
+
+def test_directory_follows_from_resolved_arguments(launch):
+    def homes(*words, algos=("fake",)):
+        out = call(launch("--seeds", 0, "--algos", *algos, *words)).stdout
+        return [shlex.split(line)[-1] for line in out.splitlines()]
+
+    plain = homes()
+    assert homes("--", "--steps", 3) == plain  # the default, said aloud
+    assert homes("--", "--steps", 4) != plain
+    twice = homes("--", "--steps", 4, "--pace", 0.5)
+    assert twice == homes("--", "--pace", 0.5, "--steps", 4)
+    other = homes(algos=("other=fake",))
+    assert other != plain and other[0].split("/")[-1] == plain[0].split("/")[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--algos", "nothing"], "no script"),
+        (["--algos", "fake --pase 1"], "wrong flags"),
+        (["--algos", "fake", "fake --pace 0"], "two runs are the same"),
+        (["--algos", "fake --env-id nowhere"], "unknown task 'nowhere'"),
+        (["--algos", "fake", "--", "--resume"], "wrong flags"),
+    ],
+)
+def test_refuses_in_one_sentence(launch, words, says):
+    done = call(launch(*words))
+    assert done.returncode == 2 and says in done.stderr.splitlines()[-1], done.stderr
+
+
+# ---- running ----
+def test_runs_and_skips_what_is_finished(launch, tmp_path):
+    command = launch("--algos", "fake", "--seeds", 0, 1, 2, "--workers", 2)
+    first = call([*command, "--devices", "4", "5"])
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "3 runs: 3 finished now, 0 before, 0 failed, 0 left" in first.stdout
+    assert steps(tmp_path) == {f"fake-{s}": ["0", "1", "2"] for s in range(3)}
+    logs = [p.read_text() for p in tmp_path.glob("runs/fake/toy/*/log.txt")]
+    assert {re.search(r"step 0 (\d)", log)[1] for log in logs} == {"4", "5"}
+
+    second = call(command)
+    assert second.returncode == 0 and "0 finished now, 3 before" in second.stdout
+    assert steps(tmp_path) == {f"fake-{s}": ["0", "1", "2"] for s in range(3)}
+    assert all(line.startswith("# finished: ") for line in call(command[:-2]).stdout.splitlines())
+    facts = json.loads(next(tmp_path.glob("runs/fake/toy/0-*/launch.json")).read_text())
+    assert facts["label"] == "fake" and "--seed" in facts["flags"]
+
+
+def test_failure_stops_nothing_else_and_is_listed(launch, tmp_path):
+    algos = ("--algos", "bad=fake --broken", "fake")
+    done = call(launch(*algos, "--seeds", 0, 1, "--workers", 1))
+    assert done.returncode == 1
+    assert "4 runs: 2 finished now, 0 before, 2 failed, 0 left" in done.stdout
+    listed = done.stdout[done.stdout.index("4 runs:") :]
+    assert listed.count("failed: bad toy seed") == 2 and "exit code 1: error: it broke" in listed
+    for line in re.findall(r"log: (.*)", listed):
+        assert "error: it broke" in Path(line).read_text()
+    assert steps(tmp_path)["fake-1"] == ["0", "1", "2"]
+
+
+def test_killed_run_is_resumed(launch, tmp_path):
+    command = launch("--algos", "fake --pace 0.3", "--seeds", 0, "--workers", 1, "--", "--steps", 6)
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(steps(tmp_path).get("fake-0", [])) >= 2)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True
+    )
+    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)
+    out, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 1 and "exit code -9" in out
+    before = steps(tmp_path)["fake-0"]
+    assert before != [str(i) for i in range(6)]
+
+    cut = command.index("--workers")
+    assert "--resume" in call(command[:cut] + command[cut + 2 :]).stdout
+    again = call(command)
+    assert again.returncode == 0 and "resumed from" in again.stdout
+    assert steps(tmp_path)["fake-0"] == [str(i) for i in range(6)]  # each step once
+
+
+def test_interrupt_checkpoints_and_the_same_command_goes_on(launch, tmp_path):
+    words = ["--algos", "fake --pace 0.3", "--seeds", 0, 1, 2, "--workers", 2, "--", "--steps", 6]
+    launcher = subprocess.Popen(launch(*words), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(steps(tmp_path)) == 2)
+    launcher.send_signal(signal.SIGINT)
+    out, _ = launcher.communicate(timeout=30)
+    assert launcher.returncode == 130
+    assert "3 left" in out and "the same command goes on" in out and "failed:" not in out
+    checkpoints = [p.read_text() for p in tmp_path.glob("runs/*/*/*/*/checkpoint.msgpack")]
+    assert len(checkpoints) == 2 and all(0 < int(c) < 6 for c in checkpoints)
+    again = call(launch(*words))
+    assert again.returncode == 0 and "3 finished now" in again.stdout
+    assert steps(tmp_path) == {f"fake-{s}": [str(i) for i in range(6)] for s in range(3)}
+
+
+def test_leaves_alone_what_another_launcher_runs(launch, tmp_path):
+    out = call(launch("--seeds", 0, "--algos", "fake")).stdout
+    home = shlex.split(out)[-1]
+    os.makedirs(home)
+    with open(f"{home}/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = call(launch("--seeds", 0, "--algos", "fake", "--workers", 1))
+    assert done.returncode == 1 and "another launcher is running it" in done.stdout
+    assert steps(tmp_path) == {}
+
+
+def test_progress_line_names_the_runs(launch):
+    done = call(launch("--algos", "fake --pace 0.5", "--seeds", 0, "--workers", 1))
+    assert re.search(r"0/1 done \| 1 running \| fake toy seed 0: ", done.stdout)
+
+
+# ---- SLURM ----
+def test_slurm_script(launch, tmp_path):
+    file = tmp_path / "jobs with space.sh"
+    command = launch("--algos", "fake", "x=fake --pace 0", "--seeds", 0, 1, "--slurm", file)
+    assert call([*command, "--", "--steps", "2"]).returncode == 0
+    text = file.read_text()
+    assert subprocess.run(["bash", "-n", file]).returncode == 0
+    assert not re.search(r"@[A-Z]+@", text)
+    options = re.findall(r"^#SBATCH --([a-z-]+)", text, re.M)
+    assert len(options) > 5 and set(options) <= set(SBATCH.split())
+    assert "#SBATCH --array=0-3\n" in text
+    head = text[: text.index("set -euo")]
+    assert head.count("#SBATCH") == text.count("#SBATCH"), "directives end at the first command"
+    assert (tmp_path / "runs").is_dir(), "sbatch does not make the directory of its logs"
+
+    for index in (3, 1):  # one element is one run, whatever the others did
+        done = call(["bash", file], env=os.environ | {"SLURM_ARRAY_TASK_ID": str(index)})
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert steps(tmp_path) == {"x-1": ["0", "1"], "x-0": ["0", "1"]}
+
+
+# ---- commands in files ----
+def launcher_calls(script, tmp_path):
+    """Arguments of each launch.py call in a shell script."""
+    log = tmp_path / "calls"
+    python = tmp_path / "python"
+    python.write_text(
+        f"#!{sys.executable}\nimport json, sys\n"
+        f"open({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + chr(10))\n"
+    )
+    python.chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", script], env=env, check=True, timeout=60)
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stem", ["gsflow", "flowq", "fmq", "sac_flow"])
+def test_table_scripts(stem, tmp_path, capsys, monkeypatch):
+    script = ROOT / "benchmark" / f"{stem}.sh"
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    if stem not in SCRIPTS:
+        pytest.skip(f"algos/{stem}.py is not here")
+    calls = launcher_calls(script, tmp_path)
+    assert len(calls) >= 3
+    module = load_script(LAUNCH)
+    monkeypatch.chdir(tmp_path)
+    for argv in calls:
+        assert argv[0] == "benchmark/launch.py" and module.main(argv[1:]) == 0
+        commands = capsys.readouterr().out.splitlines()
+        assert commands and all(f"{stem}.py --env-id" in line for line in commands)
+
+
+def test_readme_launcher_commands(capsys, tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    module = load_script(LAUNCH)
+    monkeypatch.chdir(tmp_path)
+    for line in re.findall(r"^python benchmark/launch\.py([^\n]*)", text, re.M):
+        words = shlex.split(line.split("  #")[0])
+        if "--workers" in words:
+            words[words.index("--workers") + 1] = "0"  # print, do not run
+        assert module.main(words) == 0, line
+
+
+# ---- a real run ----
+def test_real_run(tmp_path):
+    tiny = "--hidden-dims 8 8 --prior-hidden-dims 8 --batch-size 16 --offline-steps 40 "
+    tiny += "--eval-interval 20 --eval-episodes 10 --updates-per-dispatch 20 --num-seeds 2"
+    words = ["--algos", "gsflow", "--tasks", "multi-crescent", "--seeds", "3", "--workers", "1"]
+    command = [sys.executable, LAUNCH, *words, "--out", tmp_path, "--", *tiny.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finished gsflow multi-crescent seed 3" in done.stdout and "done: success" in done.stdout
+    result = json.loads(next(tmp_path.glob("gsflow/*/3-*/*/result.json")).read_text())
+    assert result["seeds"] == [3, 4] and result["steps"] == 40
+    assert load_script(ROOT / "benchmark" / "report.py").main_of([str(tmp_path)]) == 0
+    row = next(
+        x for x in (tmp_path / "report" / "report.md").read_text().splitlines() if "gsflow" in x
+    )
+    cells = [cell.strip() for cell in row.split("|")][1:-1]
+    assert cells[:5] == ["multi-crescent", "gsflow", "success", "2", "10"]
+    assert (tmp_path / "report" / "curves_generated.png").stat().st_size > 5_000

@@ -1,0 +1,232 @@
+"""Statistics against hand-computed cases; tables from run directories made up here."""
+
+import itertools
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import ROOT, SCRIPTS, load_script
+
+report = load_script(ROOT / "benchmark" / "report.py")
+PUBLISHED = json.loads((ROOT / "benchmark" / "published.json").read_text())
+
+
+# ---- statistics ----
+def test_interquartile_mean_by_hand():
+    assert report.interquartile_mean([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5  # 2 + 3 + 4 + 5 over 4
+    assert report.interquartile_mean([9, 0, 1, 2]) == 1.5  # one falls away at each end
+    assert report.interquartile_mean([0, 1, 5]) == 2  # fewer than four: the mean
+    assert report.interquartile_mean([[7.0]]) == 7
+    assert report.interquartile_mean([0, 0, 0, 1, 1]) == pytest.approx(1 / 3)  # floor(5 / 4) = 1
+
+
+def test_interquartile_mean_of_published_task_means():
+    """The plain means of the twelve tasks of FMQ's table; can and square are not in our file."""
+    robomimic = {
+        "QC, re-run of FMQ's authors": (0.88, 0.89),
+        "MVP, their re-run": (0.83, 0.82),
+        "MVP+QGBS": (0.87, 0.83),
+        "FMQ": (0.96, 0.94),
+        "FMQ+QGBS": (0.97, 0.95),
+    }
+    entries = [r for r in PUBLISHED["results"] if r["source"] == "fmq"]
+    iqm = {}
+    for e in entries:
+        means = [v[0] for v in e["values"].values()] + list(robomimic[e["method"]])
+        assert len(means) == 12
+        iqm[e["method"]] = round(report.interquartile_mean(means), 3)
+    assert list(iqm.values()) == [0.913, 0.923, 0.747, 0.810, 0.847]
+
+
+def exact_interval(tasks):
+    """The bootstrap's 95% interval by listing all resamples, which are equally likely."""
+    per_task = [list(itertools.product(t, repeat=len(t))) for t in tasks]
+    means = sorted(
+        report.interquartile_mean(np.concatenate(c)) for c in itertools.product(*per_task)
+    )
+    return np.quantile(means, [0.025, 0.975], method="inverted_cdf")
+
+
+@pytest.mark.parametrize("tasks", [[[0.1, 0.5, 0.9]], [[0.0, 0.3, 0.4], [0.2, 0.7, 1.0]]])
+def test_interval_against_all_resamples(tasks):
+    interval = report.bootstrap_interval([np.array(t) for t in tasks], 40_000)
+    np.testing.assert_allclose(interval, exact_interval(tasks), atol=0.02)
+
+
+def test_interval_by_hand():
+    # two seeds: the mean is 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4
+    np.testing.assert_array_equal(report.bootstrap_interval([np.array([0.0, 1.0])], 10_000), [0, 1])
+    np.testing.assert_array_equal(report.bootstrap_interval([np.array([0.3])], 100), [0.3, 0.3])
+
+
+def test_interval_is_stratified():
+    """Seeds that agree within each task leave nothing to resample, however tasks differ."""
+    tasks = [np.zeros(3), np.ones(3), np.full(3, 0.5)]
+    expected = report.interquartile_mean(np.concatenate(tasks))
+    np.testing.assert_allclose(report.bootstrap_interval(tasks, 1_000), [expected, expected])
+
+
+def test_interval_repeats():
+    scores = [np.linspace(0, 1, 7)]
+    first, second = (report.bootstrap_interval(scores, 500) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert first[0] < report.interquartile_mean(scores[0]) < first[1]
+
+
+# ---- tables ----
+def make_run(root, name, seeds, scores, source="official", label=None, finished=True, **settings):
+    """A run directory; `scores` maps metrics to one score (of 4 episodes) per seed."""
+    task = settings.pop("task", "cube-double-play-singletask-task3-v0")
+    algo, directory = settings.pop("algo", "fmq"), root / name / "run"
+    directory.mkdir(parents=True)
+    if label:
+        (root / name / "launch.json").write_text(json.dumps(dict(label=label)))
+    args = dict(env_id=task, seed=seeds[0], num_seeds=len(seeds), out_dir=str(root), **settings)
+    facts = dict(algo=algo, task=task, dataset_source=source, device="1 x cpu", commit="abc")
+    (directory / "args.json").write_text(json.dumps(facts | dict(args=args)))
+    columns = [f"eval/{m}" for m in scores] + ["charts/episodic_return"]
+    lines = ["step,phase,seed,time/train_seconds," + ",".join(columns)]
+    for step in (100, 200):
+        for i, seed in enumerate(seeds):
+            values = [str(s[i] * step / 200) for s in scores.values()] + [str(10 * seed + step)]
+            lines.append(f"{step},offline,{seed},{step / 10 + seed}," + ",".join(values))
+    (directory / "metrics.csv").write_text("\n".join(lines) + "\n")
+    if not finished:
+        return directory
+    episodes = {
+        m: [[float(k < round(4 * x)) if m[0] == "s" else x for k in range(4)] for x in v]
+        for m, v in scores.items()
+    }
+    headline = next(iter(scores))
+    result = dict(steps=200, train_seconds=20.0, seeds=seeds, episodes=episodes)
+    result[f"eval/{headline}_last_three"] = 0.5
+    (directory / "result.json").write_text(json.dumps(result))
+    return directory
+
+
+FMQ = dict(actor="flowmap", online_objective="fmq", online_steps=100)
+
+
+def render(root):
+    assert report.main_of([str(root), "--resamples", "200"]) == 0
+    return (root / "report" / "report.md").read_text()
+
+
+def cells(text, *starts):
+    """The cells of the one table row that has these cells somewhere, in this order."""
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    found = [r for r in rows if all(s in r for s in starts)]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_seeds_of_several_runs_and_modes(tmp_path):
+    make_run(
+        tmp_path, "a", [0, 1], {"success_best_of_n": [1.0, 0.5], "success_one_step": [0, 0]}, **FMQ
+    )
+    make_run(tmp_path, "b", [2], {"success_best_of_n": [0.0], "success_one_step": [0.25]}, **FMQ)
+    text = render(tmp_path)
+    row = cells(text, "success_best_of_n")
+    task = "cube-double-play-singletask-task3"
+    assert row[:7] == [task, "fmq", "success_best_of_n", "3", "4", "0.50 ± 0.50", row[6]]
+    assert row[6].startswith("0.50 [0.00, 1.00]") and row[7] == "0.50" and row[8] == "200"
+    assert row[-1] == "FMQ 1.00 ± 0.00 [1]"  # beside ours, in a column of its own
+    assert cells(text, "success_one_step")[5] == "0.08 ± 0.14"
+    assert cells(text, "success_one_step")[-1] == ""  # nothing is published for it
+    assert "[1] Flow maps with optimal Q-guidance" in text and "best-of-32" in text
+    for picture in re.findall(r"\]\((curves_\w+\.png)\)", text):
+        assert (tmp_path / "report" / picture).stat().st_size > 5_000
+
+
+def test_official_and_collected_never_share_a_table(tmp_path):
+    score = {"success_best_of_n": [1.0]}
+    make_run(tmp_path, "a", [0], score, **FMQ)
+    make_run(tmp_path, "b", [1], score, source="collected (x.npz)", **FMQ)
+    make_run(tmp_path, "c", [2], score, source="generated", **FMQ)
+    make_run(tmp_path, "d", [3], score, source="none: online from scratch", **FMQ)
+    parts = render(tmp_path).split("\n## ")[1:5]
+    titles = [part.splitlines()[0].split(" (")[0] for part in parts]
+    assert titles == ["Official datasets", "Collected datasets", "Generated data", "No dataset"]
+    for part in parts:
+        assert part.count("| fmq | success_best_of_n | 1 |") == 1
+
+
+def test_newest_run_of_a_seed_counts_and_unfinished_are_listed(tmp_path):
+    make_run(tmp_path, "a", [0], {"success": [0.0]}, source="generated", algo="gsflow")
+    make_run(tmp_path, "b", [0], {"success": [1.0]}, source="generated", algo="gsflow")
+    left = make_run(tmp_path, "c", [1], {"success": [0]}, finished=False, algo="gsflow")
+    text = render(tmp_path)
+    assert cells(text, "gsflow", "success")[3:6] == ["1", "4", "1.00"]
+    assert f"- {left}" in text.split("Not finished")[1]
+
+
+def test_settings_under_one_label_are_told_apart(tmp_path):
+    for name, alpha, label in (("a", 3, "gsflow"), ("b", 10, "gsflow"), ("c", 10, "mine")):
+        options = dict(algo="gsflow", label=label, alpha=alpha, gamma=0.99)
+        make_run(tmp_path, name, [0], {"success": [0.5]}, source="generated", **options)
+    text = render(tmp_path)
+    for label in ("gsflow alpha=3", "gsflow alpha=10", "mine"):
+        assert cells(text, label, "success")[5] == "0.50"
+
+
+def test_tasks_without_success_report_returns(tmp_path):
+    scores = {"return_stochastic": [-100.0, -200.0], "return_deterministic": [-90.0, -110.0]}
+    task = "phys2d/Pendulum-v0"
+    make_run(tmp_path, "a", [0, 1], scores, source="none: online", algo="sac_flow", task=task)
+    text = render(tmp_path)
+    assert cells(text, "return_stochastic")[5] == "-150.00 ± 70.71"
+    assert cells(text, "return_deterministic")[5] == "-100.00 ± 14.14"
+    assert cells(text, "training_return")[5] == "205.00 ± 7.07"  # 200 and 210, from metrics.csv
+    assert "the main results are curves" in text
+
+
+def test_pooled_tasks(tmp_path):
+    for i in (3, 4):
+        task = f"cube-double-play-singletask-task{i}-v0"
+        score = {"success_best_of_n": [0.25 * i - 0.5] * 4}
+        make_run(tmp_path, f"t{i}", [0, 1, 2, 3], score, task=task, **FMQ)
+    row = cells(render(tmp_path), "fmq", "success_best_of_n", "8")
+    assert row == ["fmq", "success_best_of_n", "2", "8", "0.38", "0.38 [0.38, 0.38]"]
+
+
+def test_published_number_stands_only_where_it_belongs(tmp_path):
+    score = {"success_best_of_n": [1.0]}
+    make_run(tmp_path, "a", [0], score, **FMQ | dict(online_steps=0))
+    make_run(tmp_path, "b", [0], score, **FMQ | dict(online_objective="mvp"))
+    text = render(tmp_path)
+    assert "FMQ 1.00" not in text.split("## Averages")[0]
+    assert "MVP, their re-run 1.00 ± 0.00" in text
+
+
+def test_no_run_is_one_sentence(tmp_path, capsys):
+    assert report.main_of([str(tmp_path)]) == 2
+    assert "no finished run" in capsys.readouterr().err
+
+
+def test_curves_by_step_and_seconds(tmp_path):
+    make_run(tmp_path, "a", [0, 1], {"success": [1.0, 0.5]}, algo="gsflow", source="generated")
+    (group,) = report.group_runs(report.read_runs([tmp_path]))["generated"]
+    steps, seconds, values = report.read_curves(group, "eval/success")
+    assert steps.tolist() == [100, 200] and seconds.tolist() == [10.5, 20.5]
+    np.testing.assert_allclose(values, [[0.5, 0.25], [1.0, 0.5]])
+
+
+# ---- the data file ----
+def test_every_published_number_has_its_source():
+    for entry in PUBLISHED["results"] + PUBLISHED["averages"]:
+        source = PUBLISHED["sources"][entry["source"]]
+        assert all(source[k] for k in ("title", "protocol", "caveat"))
+    for entry in PUBLISHED["results"]:
+        for value in entry["values"].values():
+            assert all(0 <= v <= 1 for v in np.ravel(value))
+
+
+@pytest.mark.parametrize("stem", SCRIPTS)
+def test_published_entries_fit_the_scripts(stem):
+    script = load_script(ROOT / "algos" / f"{stem}.py")
+    fields = script.Args.__dataclass_fields__
+    for entry in (e for e in PUBLISHED["results"] if e["script"] == stem):
+        assert set(entry["where"]) <= set(fields)
+        for task in entry["values"]:
+            assert script.parse_task(task).name == task
