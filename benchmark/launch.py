@@ -295,11 +295,11 @@ class Launch:
 
 
 def last_line(path):
-    """The last line of a log that is not empty."""
+    """The last line of a log that is not empty; a log begins with the command."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
         lines = [x for x in file.read().decode(errors="replace").splitlines() if x.strip()]
-    return lines[-1].strip() if lines else ""
+    return "starting" if lines[-1].startswith("$ ") else lines[-1].strip()
 
 
 # ---- main ----
