@@ -36,6 +36,22 @@ def test_operation_count(name):
     assert case.flops(one) / 1e9 == pytest.approx(GFLOP[name], rel=0.005)
 
 
+@pytest.mark.parametrize("name", GFLOP)
+def test_adapter_fits_its_script(name):
+    """Traced, not run: both ways to update give a state of the same shapes, every policy acts."""
+    case = make_case(name, **speed.QUICK[speed.METHODS[name][0]])
+    carry = jax.tree.map(lambda x: x[0], speed.start_carry(case))
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(jax.eval_shape(case.step, carry, case.data)) == shapes(carry)
+    rows, index = jax.device_get(case.data), np.arange(case.args.batch_size)
+    batches, key = [case.gather(rows, index)] * case.batches, jax.random.key(0)
+    after = jax.eval_shape(case.update, carry["state"], batches, key)
+    assert shapes(after) == shapes(carry["state"])
+    for policy in case.policies.values():
+        action = jax.eval_shape(policy, carry["state"], np.zeros(case.sizes[0], np.float32), key)
+        assert action.shape[0] % case.sizes[1] == 0
+
+
 def test_every_method_is_counted():
     assert set(GFLOP) == set(speed.METHODS)
 
