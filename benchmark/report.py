@@ -302,8 +302,8 @@ def write_tables(groups, published, resamples):
 def write_sources(groups, published, cited):
     """Footnotes of the cited sources, averages of others, and why a column may be empty."""
     scripts = {run.facts["algo"] for g in groups.values() for group in g for run in group.runs}
-    lines = []
-    averages = [a for a in published["averages"] if a["script"] in scripts]
+    official = {run.facts["algo"] for group in groups.get("official", ()) for run in group.runs}
+    averages, lines = [a for a in published["averages"] if a["script"] in official], []
     if averages:
         rows = []
         for a in averages:
