@@ -112,7 +112,10 @@ def resolve(script, flags, where):
     script.train = lambda args, task: found.append(args)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(refusal):
-            script.run(tyro.cli(script.Args, args=list(flags), prog=where))
+            args = tyro.cli(script.Args, args=list(flags), prog=where)
+            if args.resume or args.evaluate:
+                raise UserError("--resume and --evaluate belong to the scripts, not to a launch")
+            script.run(args)
         return found[0]
     except script.UserError as e:
         raise UserError(f"{where}: {e}") from e

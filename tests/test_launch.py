@@ -154,6 +154,7 @@ def test_directory_follows_from_resolved_arguments(launch):
         (["--algos", "fake", "fake --pace 0"], "two runs are the same"),
         (["--algos", "fake --env-id nowhere"], "unknown task 'nowhere'"),
         (["--algos", "fake", "--", "--resume"], "wrong flags"),
+        (["--algos", "fake", "--", "--evaluate", "runs/x"], "not to a launch"),
     ],
 )
 def test_refuses_in_one_sentence(launch, words, says):
