@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,26 @@ def test_evaluate_repeats_the_final_evaluation(reference):
     for i, seed in enumerate(result["seeds"]):
         expected = [f"{np.mean(result['episodes'][k][i]):.2f}" for k in ("success", "return")]
         assert [str(seed), *expected] == out.splitlines()[2 + i].split()[:3]
+
+
+def test_evaluate_with_another_temperature(reference):
+    out, _ = finish(start("--evaluate", reference, "--eval-temperature", 1))
+    assert len(out.splitlines()) == 5
+    _, err = finish(start("--evaluate", reference, "--alpha", 1), code=2)
+    assert "--alpha was" in err
+
+
+def test_killed_between_last_checkpoint_and_result(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    finish(start("--resume", tmp_path / "run"))
+    before, after = (
+        json.loads((r / "result.json").read_text()) for r in (reference, tmp_path / "run")
+    )
+    assert before["episodes"] == after["episodes"]
+    assert before["eval/success_last_three"] == after["eval/success_last_three"]
+    _, err = finish(start("--resume", tmp_path / "run"), code=2)
+    assert "is complete" in err
 
 
 def test_ctrl_c_reaches_a_run_with_official_environments(tmp_path):
