@@ -1,0 +1,223 @@
+"""FlowQ's runs: resume, evaluation, seeds, bad flags, and a point maze that it solves."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, load_script
+
+SCRIPT = ROOT / "algos" / "flowq.py"
+TINY = "--hidden-dims 8 8 --batch-size 16 --flow-steps 2 --eval-episodes 3 --eval-candidates 4"
+TINY = (TINY + " --updates-per-dispatch 20 --offline-steps 200 --eval-interval 100").split()
+VARIANTS = {  # what a state may hold: no critic; critic, value, base flow and schedule
+    "toy": ["--env-id", "energy-toy", "--schedule", "learned", "--schedule-warmup", "50"],
+    "maze": ["--critic", "iql", "--schedule", "learned", "--schedule-warmup", "50", "--lr-decay"],
+}
+
+
+@pytest.fixture(scope="module")
+def flowq():
+    return load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def data_dir(flowq, tmp_path_factory):
+    """A point maze's dataset of two episodes, as a file."""
+    directory = tmp_path_factory.mktemp("data")
+    data = flowq.collect_pointmaze("medium", 2_000)
+    np.savez(directory / "pointmaze-medium-navigate-v0.npz", **data)
+    return directory
+
+
+def start(*flags):
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, **pipes)
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out
+
+
+def only_run(directory):
+    (run,) = directory.iterdir()
+    return run
+
+
+def columns_without_time(run):
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def references(data_dir, tmp_path_factory):
+    """Runs that nobody interrupted, two seeds each."""
+    runs = {}
+    for name, flags in VARIANTS.items():
+        directory = tmp_path_factory.mktemp(name)
+        finish(start(*TINY, *flags, "--dataset-dir", data_dir, "--num-seeds", 2,
+                     "--out-dir", directory))  # fmt: skip
+        runs[name] = only_run(directory)
+    return runs
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_leaves_what_it_should(references, name):
+    run = references[name]
+    result = json.loads((run / "result.json").read_text())
+    measured = ["success_n1", "return_n1", "length_n1", "success_n4", "return_n4", "length_n4"]
+    if name == "toy":
+        assert result["dataset_source"] == "generated"
+    else:
+        assert result["dataset_source"] == "official"
+    assert list(result["episodes"]) == measured and result["steps"] == 200
+    assert "eval/success_n1_last_three" in result
+    assert np.shape(result["episodes"]["success_n4"]) == (2, 3)
+    rows = columns_without_time(run)
+    assert [r["step"] for r in rows[::2]] == [str(s) for s in range(20, 201, 20)]
+    assert float(rows[0]["train/c_25"]) == 0.75 != float(rows[-1]["train/c_25"])
+    assert rows[-1]["eval/success_n1"] and rows[-1]["eval/success_n4"]
+    args = json.loads((run / "args.json").read_text())["args"]
+    assert None not in [v for k, v in args.items() if k not in ("resume", "evaluate")]
+
+
+@pytest.mark.parametrize("name,number", [("toy", signal.SIGTERM), ("maze", signal.SIGKILL)])
+def test_interrupted_and_resumed_equals_uninterrupted(references, data_dir, tmp_path, name, number):
+    """The last checkpoint and all metrics are the same bytes."""
+    flags = [*TINY, *VARIANTS[name], "--dataset-dir", data_dir, "--num-seeds", 2]
+    process = start(*flags, "--checkpoint-interval", 10, "--out-dir", tmp_path)
+    while not list(tmp_path.glob("*/checkpoint.msgpack")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.wait()
+    assert process.returncode == (143 if number == signal.SIGTERM else -9)
+    run = only_run(tmp_path)
+    finish(start("--resume", run))
+    whole = references[name]
+    checkpoints = [(r / "checkpoint.msgpack").read_bytes() for r in (run, whole)]
+    assert checkpoints[0] == checkpoints[1], "the resumed run ended elsewhere"
+    assert columns_without_time(run) == columns_without_time(whole)
+
+
+def test_a_vmapped_seed_equals_its_single_run(flowq, references, data_dir, tmp_path):
+    flags = [*TINY, *VARIANTS["maze"], "--dataset-dir", data_dir, "--seed", 1]
+    finish(start(*flags, "--out-dir", tmp_path))
+    trees = [flowq.load_checkpoint(r)[0]["state"] for r in (references["maze"], only_run(tmp_path))]
+    together, alone = (jax.tree.leaves(t["params"] | {"ema": t["ema"]}) for t in trees)
+    for a, b in zip(together, alone, strict=True):
+        np.testing.assert_allclose(a[1], b[0], atol=1e-5)
+    kernels = [a for a in together if a.ndim == 3 and a.shape[1] > 1]
+    assert kernels and all(not np.array_equal(a[0], a[1]) for a in kernels)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_evaluate_repeats_the_final_evaluation(flowq, references, capsys, name):
+    assert flowq.command_line(flowq.run, flowq.Args, ["--evaluate", str(references[name])]) == 0
+    out = capsys.readouterr().out
+    result = json.loads((references[name] / "result.json").read_text())
+    for mode, first in (("n1", 2), ("n4", 5)):
+        for i in range(2):
+            kinds = ("success", "return", "length")
+            expected = [f"{np.mean(result['episodes'][f'{k}_{mode}'][i]):.2f}" for k in kinds]
+            assert out.splitlines()[first + i].split() == [str(i), *expected]
+
+
+BAD_FLAGS = {
+    "unknown task": ("--env-id cube-singel", "close matches: cube-single"),
+    "nothing to do": ("--offline-steps 0", "nothing to train"),
+    "learned form": ("--schedule learned --velocity-form field", "needs --velocity-form score"),
+    "exact elsewhere": ("--critic exact", "--critic exact belongs to energy-toy"),
+    "toy critic": ("--env-id energy-toy --critic td", "drop --critic"),
+    "samples of iql": ("--critic iql --max-backup-samples 10", "needs --critic td"),
+    "no samples": ("--max-backup-samples 0", "--max-backup-samples is 0"),
+    "no candidates": ("--eval-candidates 0", "--eval-candidates is 0"),
+    "flow steps": ("--flow-steps 0", "--flow-steps is 0"),
+    "lambda": ("--guidance-lambda -1", "--guidance-lambda is -1"),
+    "nan lambda": ("--guidance-lambda nan", "--guidance-lambda is nan"),
+    "guidance clip": ("--guidance-clip -1", "--guidance-clip is -1"),
+    "warm-up": ("--schedule-warmup -1", "--schedule-warmup is -1"),
+    "expectile": ("--expectile 1", "--expectile must be below 1"),
+    "average": ("--ema-decay 1.5", "--ema-decay must be below 1"),
+    "gamma": ("--gamma 1.5", "--gamma is 1.5"),
+    "empty layer": ("--critic-hidden-dims 64 0", "--critic-hidden-dims needs layers"),
+    "toy on host": ("--env-id energy-toy --env-backend host", "has no host environment"),
+    "backend": ("--env-id antmaze-large --env-backend jax", "has no jax environment"),
+    "resume nothing": ("--resume nowhere", "not a run directory"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(flowq, tmp_path, capsys, monkeypatch, name):
+    """One sentence with the remedy on stderr, exit code 2, nothing written."""
+    flags, message = BAD_FLAGS[name]
+    monkeypatch.chdir(tmp_path)
+    assert flowq.command_line(flowq.run, flowq.Args, flags.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", ["--schedule t3", "--velocity-form exact", "--online-steps 10"])
+def test_flags_that_do_not_parse(flowq, tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        flowq.command_line(flowq.run, flowq.Args, flags.split())
+    assert exit.value.code == 2 and "Traceback" not in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_that_do_not_fit_a_run(flowq, references, capsys):
+    for flags, message in (
+        ("--guidance-lambda 1", "--guidance-lambda was 100.0"),
+        ("--offline-steps 200", "is complete at step 200"),
+    ):
+        argv = ["--resume", str(references["maze"]), *flags.split()]
+        assert flowq.command_line(flowq.run, flowq.Args, argv) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
+def test_task_table(flowq):
+    """Full-size settings where no quick ones are asked for; explicit flags win."""
+
+    def resolved(**flags):
+        args = flowq.Args(**flags)
+        return flowq.resolve(args, flowq.parse_task(args.env_id, flowq.OTHER_TASKS))
+
+    cube = resolved(env_id="cube-single")
+    assert cube.hidden_dims == cube.actor_hidden_dims == (512,) * 4 and cube.n_step == 1
+    assert (cube.gamma, cube.q_agg, cube.guidance_lambda) == (0.99, "mean", 30.0)
+    assert resolved(env_id="antmaze-large").q_agg == "min"
+    assert resolved(env_id="antmaze-medium").q_agg == "mean"
+    giant = resolved(env_id="antmaze-giant")
+    assert (giant.gamma, giant.q_agg) == (0.995, "min")
+    assert resolved(env_id="humanoidmaze-large").gamma == 0.995
+    maze = resolved(guidance_lambda=0.0, n_step=1)
+    assert (maze.guidance_lambda, maze.n_step, maze.hidden_dims) == (0.0, 1, (128,) * 3)
+
+
+def test_point_maze_is_solved(flowq, tmp_path):
+    """A few thousand updates with guidance; one sample per step, no choice among candidates."""
+    task = flowq.parse_task("pointmaze-medium")
+    args = flowq.resolve(flowq.Args(eval_candidates=1), task)
+    env = flowq.make_jax_env(task, args)
+    policies = flowq.evaluation_policies(flowq.make_networks(args, 2), args, 2)
+    untrained = flowq.start_states(args, 2, 2, 0.0, 1.0)
+    before = flowq.make_evaluate(task, env, policies, args)(untrained, 0)
+    assert before["success_n1"].mean() <= 0.02
+
+    flags = ["--offline-steps", 5_000, "--eval-interval", 5_000, "--eval-candidates", 1]
+    finish(start(*flags, "--out-dir", tmp_path))
+    result = json.loads((only_run(tmp_path) / "result.json").read_text())
+    assert len(result["episodes"]["success_n1"][0]) == 50
+    assert result["eval/success_n1"] >= 0.8
