@@ -1765,8 +1765,7 @@ def make_evaluate(task, env, policies, args):
                 new = np.asarray(program(state, obs.astype(np.float32), episode, t, step))
                 new = new.reshape(*t.shape, -1, *envs.single_action_space.shape)
                 chunks = np.where(due[..., None, None], new, new if chunks is None else chunks)
-            step_in_chunk = (t % chunks.shape[2])[..., None, None]
-            return np.take_along_axis(chunks, step_in_chunk[..., None], axis=2)[:, :, 0]
+            return np.take_along_axis(chunks, (t % chunks.shape[2])[..., None, None], axis=2)
 
         return evaluate_host(envs, act, seeds, step, args.eval_episodes)
 
