@@ -1046,21 +1046,30 @@ def critic_step(params, nets, args, obs, chunks):
     return jnp.clip(chunks + args.qgbs_eta * grad, -1, 1)
 
 
+def renoising_time(args):
+    """t' at which signal and noise have the ratio rho."""
+    return args.qgbs_snr / (1 + args.qgbs_snr)
+
+
+def complete(params, nets, args, obs, x):
+    """QGBS: renoised chunks at time t' -> chunks in the box."""
+    time = renoising_time(args)
+    if args.qgbs_completion == "flowmap":
+        return jnp.clip(endpoint(params, nets, args, obs, x, time), -1, 1)
+    return jnp.clip(x + (1 - time) * nets.actor(params["actor"], obs, x, time, time), -1, 1)
+
+
 def beam_search(params, nets, args, obs, dim, key):
     """QGBS for one observation (Algorithm 2): M (1 + K B) jumps -> chunk (D,)."""
     beam, branches, rounds = args.qgbs_beam, args.qgbs_branches, args.qgbs_rounds
     start_key, key = jax.random.split(key)
-    time = args.qgbs_snr / (1 + args.qgbs_snr)  # t'
+    time = renoising_time(args)
     min_q = lambda x: nets.critic(params["critic"], obs, x).min(axis=0)
     chunks = sample_chunk(params, nets, args, obs, jax.random.normal(start_key, (beam, dim)))
     for k in range(rounds):
         noise = jax.random.normal(jax.random.fold_in(key, k), (beam, branches, dim))
-        x = time * chunks[:, None] + (1 - time) * noise
-        if args.qgbs_completion == "flowmap":
-            children = endpoint(params, nets, args, obs, x, time)
-        else:
-            children = x + (1 - time) * nets.actor(params["actor"], obs, x, time, time)
-        children = jnp.clip(children, -1, 1).reshape(-1, dim)  # the parents do not stay
+        children = complete(params, nets, args, obs, time * chunks[:, None] + (1 - time) * noise)
+        children = children.reshape(-1, dim)  # the parents do not stay
         chunks = children[jax.lax.top_k(min_q(children), beam)[1]]
         chunks = critic_step(params, nets, args, obs, chunks)
     if not rounds:
