@@ -1,0 +1,235 @@
+"""FMQ at the paper's sizes: the best-of-32 bootstrap, latency per decision, updates per second.
+
+    python benchmark/fmq_speed.py                        # observation 46, 5 x 5 actions, 4 x 512
+    python benchmark/fmq_speed.py --updates 500 --num-seeds 1 8          # on a GPU
+
+One run prints three tables. Bootstrap: TD target and critic gradient of one batch as fmq.py does
+them, against the same numbers obtained without its savings. Latency: one decision for one
+observation. Updates: many per dispatch with batches drawn on the device, against one dispatch per
+update with batches that NumPy gathers.
+"""
+
+import dataclasses
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+SCRIPT = Path(__file__).resolve().parent.parent / "algos" / "fmq.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    obs_dim: int = 46  # observation size (cube-triple: 46)
+    act_dim: int = 5  # action size (cube-triple: 5)
+    num_rows: int = 100_000  # rows of the random dataset
+    updates: int = 4  # updates per timed dispatch (GPU: use 500)
+    repeats: int = 3  # timed calls; the fastest counts
+    decisions: int = 100  # timed decisions per way of acting; their median counts
+    num_seeds: tuple[int, ...] = (1,)  # vmapped seeds, rows of their own
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("fmq", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fmq"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def times(fn, repeats):
+    """Seconds of several calls, after one that compiles."""
+    jax.block_until_ready(fn())
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(fn())
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def setup(fmq, bench, seeds=1, **flags):
+    """(arguments, networks, states of all seeds) at the paper's settings."""
+    args = fmq.Args(env_id="cube-triple", num_seeds=seeds, **flags)
+    args = fmq.resolve(args, fmq.parse_task(args.env_id))
+    mean, std = jnp.zeros(bench.obs_dim), jnp.ones(bench.obs_dim)
+    state = fmq.start_states(args, bench.obs_dim, bench.act_dim, mean, std)
+    return args, fmq.make_networks(args, bench.act_dim), state
+
+
+def random_data(bench):
+    rng = np.random.default_rng(0)
+    data = {k: rng.normal(size=(bench.num_rows, bench.obs_dim)) for k in ("obs", "next_obs")}
+    data |= dict(actions=rng.uniform(-1, 1, (bench.num_rows, bench.act_dim)))
+    data |= dict(rewards=rng.normal(size=bench.num_rows), masks=np.ones(bench.num_rows))
+    data |= dict(terminals=np.arange(bench.num_rows) % 1000 == 999)
+    return {k: v.astype(np.float32) for k, v in data.items()}
+
+
+# ---- the bootstrap ----
+def fused(fmq, nets, args, params, target, batch, noise):
+    """As in fmq.update: forward only, first layers split, target critic on the winners alone."""
+    chunk = fmq.best_of_n(params, nets, args, batch["next_obs"], noise, False)
+    q = nets.critic(target, batch["next_obs"], chunk).mean(axis=0)
+    y = batch["returns"] + batch["discounts"] * q
+    loss = lambda critic: fmq.critic_loss({"critic": critic}, nets, batch, y)[0]
+    return y, jax.grad(loss)(params["critic"])
+
+
+def repeated(fmq, nets, args, params, target, batch, noise):
+    """Every candidate is a row with its own copy of observation and times; both critics judge all
+    candidates; the target is computed inside the differentiated loss."""
+    size, n, dim = noise.shape
+    rows = size * n
+
+    def loss(critic):
+        obs = jnp.repeat(batch["next_obs"], n, axis=0)
+        x, zero, one = noise.reshape(rows, dim), jnp.zeros((rows, 1)), jnp.ones((rows, 1))
+        chunks = jnp.clip(x + nets.actor(params["actor"], obs, x, zero, one), -1, 1)
+        score = nets.critic(critic, obs, chunks).mean(axis=0).reshape(size, n)
+        value = nets.critic(target, obs, chunks).mean(axis=0).reshape(size, n)
+        best = score.argmax(axis=1)[:, None]
+        q = jnp.take_along_axis(value, best, axis=1)[:, 0]
+        y = jax.lax.stop_gradient(batch["returns"] + batch["discounts"] * q)
+        return fmq.critic_loss({"critic": critic}, nets, batch, y)[0], y
+
+    grads, y = jax.grad(loss, has_aux=True)(params["critic"])
+    return y, grads
+
+
+def one_by_one(fmq, nets, args, params, target, batch, noise):
+    """A loop over the candidates that keeps the best so far."""
+    obs = batch["next_obs"]
+
+    def candidate(best, x):
+        chunk = jnp.clip(x + nets.actor(params["actor"], obs, x, 0.0, 1.0), -1, 1)
+        score = nets.critic(params["critic"], obs, chunk).mean(axis=0)
+        better = score > best[0]
+        kept = jnp.where(better[:, None], chunk, best[1])
+        return (jnp.where(better, score, best[0]), kept), None
+
+    start = (jnp.full(len(obs), -jnp.inf), jnp.zeros_like(batch["actions"]))
+    (_, chunk), _ = jax.lax.scan(candidate, start, noise.swapaxes(0, 1))
+    q = nets.critic(target, obs, chunk).mean(axis=0)
+    y = batch["returns"] + batch["discounts"] * q
+    loss = lambda critic: fmq.critic_loss({"critic": critic}, nets, batch, y)[0]
+    return y, jax.grad(loss)(params["critic"])
+
+
+def bootstrap_table(fmq, bench):
+    args, nets, state = setup(fmq, bench)
+    state = jax.tree.map(lambda x: x[0], state)
+    other = fmq.start_states(dataclasses.replace(args, seed=1), bench.obs_dim, bench.act_dim, 0, 1)
+    target = jax.tree.map(lambda x: x[0], other.target_critic)
+    data = fmq.place(random_data(bench), 1)
+    key, noise_key = jax.random.split(jax.random.key(0))
+    batch = fmq.sample_chunks(key, data, None, args.batch_size, args.horizon, args.gamma)
+    shape = (args.batch_size, args.num_samples, args.horizon * bench.act_dim)
+    inputs = (state.params, target, batch, jax.random.normal(noise_key, shape))
+    print("| TD target and critic gradient | ms | ratio | peak MiB | ratio | largest difference |")
+    print("|---|---|---|---|---|---|")
+    first = None
+    for version in (fused, repeated, one_by_one):
+        step = jax.jit(lambda *x, version=version: version(fmq, nets, args, *x))
+        program = step.lower(*inputs).compile()
+        ms = 1e3 * min(times(lambda p=program: p(*inputs), bench.repeats))
+        mib = program.memory_analysis().temp_size_in_bytes / 2**20
+        result = jax.device_get(program(*inputs))
+        first = first or (ms, mib, result)
+        errors = jax.tree.map(lambda a, b: np.abs(a - b).max(), result, first[2])
+        print(
+            f"| {version.__name__.replace('_', ' ')} | {ms:.1f} | {ms / first[0]:.2f} | {mib:.1f} "
+            f"| {mib / first[1]:.2f} | {max(jax.tree.leaves(errors)):.1e} |",
+            flush=True,
+        )
+
+
+# ---- decisions and updates ----
+def latency_table(fmq, bench):
+    print("\n| one decision | ms | ratio to one-step |\n|---|---|---|")
+    first = None
+    ways = [("one-step", {}), ("best-of-n", {}), ("qgbs", {}), ("best-of-n", dict(actor="flow"))]
+    for mode, flags in ways:
+        args, nets, state = setup(fmq, bench, **flags)
+        state = jax.tree.map(lambda x: x[0], state)
+        fixed = dict(mode=mode, nets=nets, args=args, act_dim=bench.act_dim)
+        decide = jax.jit(lambda s, o, k, fixed=fixed: fmq.policy(s, o, k, **fixed))
+        inputs = (state, jnp.ones(bench.obs_dim), jax.random.key(0))
+        ms = 1e3 * float(np.median(times(lambda d=decide, i=inputs: d(*i), bench.decisions)))
+        first = first or ms
+        name = "QC, best of 32, 10 steps" if flags else mode.replace("-n", "-32")
+        print(f"| {name} | {ms:.2f} | {ms / first:.1f} |", flush=True)
+
+
+def update_table(fmq, bench):
+    print("\n| updates | seeds | updates/s per seed | one dispatch each | ratio |")
+    print("|---|---|---|---|---|")
+    raw = random_data(bench)
+    data = fmq.place(raw, 1)
+    cases = [("offline", {}), ("fmq", {}), ("offline", dict(actor="flow"))]
+    for objective, flags in cases:
+        for seeds in bench.num_seeds:
+            args, nets, state = setup(fmq, bench, seeds, **flags)
+
+            def step(carry, data, objective=objective, nets=nets, args=args):
+                return fmq.sample_and_update(carry, data, objective, nets, args)[0]
+
+            program, carry = fmq.Program(step, data), {"state": state}
+
+            def dispatch():
+                nonlocal carry
+                carry = program(carry, bench.updates)  # noqa: B023
+                return carry
+
+            rate = bench.updates / min(times(dispatch, bench.repeats))
+
+            def update(state, batch, key, objective=objective, nets=nets, args=args):
+                return fmq.update(state, batch, key, objective, nets, args)
+
+            single, rng = jax.jit(jax.vmap(update)), np.random.default_rng(0)
+
+            def gather():
+                size = (seeds, args.batch_size)  # noqa: B023
+                index = rng.integers(0, bench.num_rows - 5, size)[..., None]  # noqa: B023
+                rows = {k: v[index + np.arange(args.horizon)] for k, v in raw.items()}  # noqa: B023
+                returns = (rows["rewards"] * 0.99 ** np.arange(5)).sum(-1).astype(np.float32)
+                ended = np.cumsum(rows["terminals"], axis=-1) - rows["terminals"]
+                return dict(
+                    obs=rows["obs"][..., 0, :],
+                    actions=rows["actions"].reshape(*size, -1),
+                    returns=returns,
+                    discounts=np.float32(0.99**5) * rows["masks"].min(-1),
+                    next_obs=rows["next_obs"][..., -1, :],
+                    valid=(ended == 0).astype(np.float32),
+                )
+
+            def loop():
+                nonlocal carry
+                keys = jax.random.split(jax.random.key(0), seeds)  # noqa: B023
+                for _ in range(bench.updates):
+                    state, metrics = single(carry["state"], gather(), keys)  # noqa: B023
+                    carry = {"state": state}
+                return metrics, carry
+
+            slow = bench.updates / min(times(loop, bench.repeats))
+            name = (
+                "QC, offline" if flags else f"FMQ, {'offline' if objective != 'fmq' else 'online'}"
+            )
+            print(f"| {name} | {seeds} | {rate:.2f} | {slow:.2f} | {rate / slow:.2f} |", flush=True)
+
+
+def main(bench):
+    fmq = load_script()
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    bootstrap_table(fmq, bench)
+    latency_table(fmq, bench)
+    update_table(fmq, bench)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,208 @@
+"""Runs of fmq.py survive: kill and resume in both phases, evaluation, branches, bad flags."""
+
+import csv
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, load_script
+
+SCRIPT = ROOT / "algos" / "fmq.py"
+MODES = ("best_of_n", "one_step", "qgbs")
+TINY = "--hidden-dims 8 8 --batch-size 16 --num-samples 2 --learning-starts 20 --horizon 4"
+TINY = (TINY + " --eval-episodes 2 --updates-per-dispatch 40 --qgbs-beam 2").split()
+STEPS = ["--offline-steps", 120, "--online-steps", 120, "--eval-interval", 120]
+
+
+@pytest.fixture(scope="module")
+def fmq():
+    return load_script(SCRIPT)
+
+
+def start(*flags, out_dir=None):
+    """Start a training process; its output is readable from .stdout and .stderr."""
+    flags = [*flags, "--out-dir", str(out_dir)] if out_dir else flags
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, flags)], **pipes)
+
+
+def finish(process, code=0, timeout=300):
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def only_run(directory):
+    (run,) = Path(directory).iterdir()
+    return run
+
+
+def rows_without_time(run):
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def carry_of(fmq, run):
+    return fmq.load_checkpoint(run)[0]
+
+
+def actor(fmq, run):
+    return jax.tree.leaves(carry_of(fmq, run)["state"]["params"]["actor"])
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run that nobody interrupted, two seeds, both phases."""
+    directory = tmp_path_factory.mktemp("reference")
+    finish(start(*TINY, *STEPS, "--num-seeds", 2, out_dir=directory))
+    return only_run(directory)
+
+
+def test_a_run_leaves_what_it_should(fmq, reference):
+    result = json.loads((reference / "result.json").read_text())
+    for mode in MODES:
+        for kind in ("success", "return", "length"):
+            assert np.isfinite(result[f"eval/{kind}_{mode}"])
+        assert np.shape(result["episodes"][f"return_{mode}"]) == (2, 2)
+    assert result["steps"] == 240 and "eval/success_best_of_n_last_three" in result
+    rows = rows_without_time(reference)
+    assert [r["step"] for r in rows[::2]] == ["40", "80", "120", "160", "200", "240"]
+    offline, online = rows[0], rows[-1]
+    assert float(offline["train/diagonal_loss"]) > 0 == float(offline["train/fmq_loss"])
+    assert float(online["train/diagonal_loss"]) == 0 < float(online["train/fmq_loss"])
+    assert 0 < float(online["train/radius"]) <= 1 and float(online["train/drift"]) > 0
+    state = carry_of(fmq, reference)["state"]
+    np.testing.assert_array_equal(state["step"], [220, 220])  # online, none in the first 20 steps
+    assert state["pessimistic"].all()
+
+
+@pytest.mark.parametrize("backend", ["jax", "host"])
+def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path, backend):
+    """A kill in each phase; parameters, frozen actor, replay, plans and metrics are the same."""
+    if backend == "jax":
+        flags = [*TINY, *STEPS, "--num-seeds", 2, "--checkpoint-interval", 8]
+    else:  # the official point maze, stepped by gymnasium
+        flags = [*TINY, *STEPS, "--eval-episodes", 1, "--eval-modes", "one-step"]
+        flags += ["--env-backend", "host", "--checkpoint-interval", 40]
+        (tmp_path / "reference").mkdir()
+        finish(start(*flags, out_dir=tmp_path / "reference"))
+        reference = only_run(tmp_path / "reference")
+    directory, rng = tmp_path / "killed", random.Random(0)
+    directory.mkdir()
+    process, done = start(*flags, out_dir=directory), 0
+    for phase in ("offline", "online"):
+        while process.poll() is None:
+            tables = [path.read_text() for path in directory.glob("*/metrics.csv")]
+            if list(directory.glob("*/checkpoint.msgpack")) and any(phase in t for t in tables):
+                time.sleep(rng.uniform(0, 0.02))
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                done += 1
+                process = start("--resume", only_run(directory))
+                break
+            time.sleep(0.001)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0 or "is complete" in err, err
+    assert done >= 1
+    runs = only_run(directory), reference
+    same = [(run / "checkpoint.msgpack").read_bytes() for run in runs]
+    assert same[0] == same[1], "the resumed run ended elsewhere"
+    assert rows_without_time(runs[0]) == rows_without_time(runs[1])
+
+
+def test_a_vmapped_seed_equals_its_single_run(fmq, reference, tmp_path):
+    finish(start(*TINY, *STEPS, "--seed", 1, out_dir=tmp_path))
+    for a, b in zip(actor(fmq, reference), actor(fmq, only_run(tmp_path)), strict=True):
+        np.testing.assert_allclose(a[1], b[0], atol=1e-5)
+    assert any(not np.allclose(a[0], a[1]) for a in actor(fmq, reference))
+
+
+def test_evaluate_repeats_the_final_evaluation(reference):
+    out, _ = finish(start("--evaluate", reference))
+    result = json.loads((reference / "result.json").read_text())
+    lines = [line.split() for line in out.splitlines()]
+    for mode in MODES:
+        header = next(i for i, line in enumerate(lines) if f"success_{mode}" in line)
+        for i, seed in enumerate(result["seeds"]):
+            names = [f"{kind}_{mode}" for kind in ("success", "return", "length")]
+            expected = [f"{np.mean(result['episodes'][name][i]):.2f}" for name in names]
+            assert lines[header + 1 + i] == [str(seed), *expected]
+
+
+def test_two_branches_from_one_offline_checkpoint(fmq, tmp_path):
+    """An offline run, copied and continued with either objective: same start, own ends."""
+    flags = [*TINY, "--offline-steps", 80, "--online-steps", 0, "--eval-interval", 80]
+    finish(start(*flags, "--eval-modes", "one-step", out_dir=tmp_path / "runs"))
+    run = only_run(tmp_path / "runs")
+    before = actor(fmq, run)
+    ends = {}
+    for objective in ("fmq", "mvp"):
+        branch = shutil.copytree(run, tmp_path / objective)
+        more = ["--online-steps", 80, "--online-objective", objective]
+        finish(start("--resume", branch, *more))
+        state = carry_of(fmq, branch)["state"]
+        ends[objective] = jax.tree.leaves(state["params"]["actor"])
+        frozen = jax.tree.leaves(state["offline_actor"])
+        assert all(np.array_equal(a, b) for a, b in zip(before, frozen, strict=True))
+        assert state["pessimistic"] == (objective == "fmq")
+        _, err = finish(start("--resume", branch, "--eta", 0.5, "--online-steps", 160), code=2)
+        assert "--eta was None" in err and "cannot change" in err
+    assert not any(np.array_equal(a, b) for a, b in zip(*ends.values(), strict=True))
+
+
+def test_q_chunking_runs(tmp_path):
+    finish(start(*TINY, *STEPS, "--actor", "flow", "--flow-steps", 2, out_dir=tmp_path))
+    row = rows_without_time(only_run(tmp_path))[-1]
+    assert float(row["train/diagonal_loss"]) > 0 and float(row["train/consistency_loss"]) == 0
+    assert all(row[f"eval/success_{mode}"] for mode in MODES)
+
+
+BAD_FLAGS = {
+    "unknown task": ("--env-id cube-tripel", "close matches: cube-triple"),
+    "flow with fmq": ("--actor flow --online-objective fmq", "use --online-objective mvp"),
+    "nothing to do": ("--offline-steps 0 --online-steps 0", "nothing to train"),
+    "steps and chunks": ("--online-steps 7", "--online-steps must be a multiple of --horizon"),
+    "curriculum": ("--consistency-warmup 9 --consistency-anneal-end 9", "must be larger than"),
+    "no horizon": ("--horizon 0", "--horizon is 0, but must be at least 1"),
+    "no samples": ("--num-samples 0", "--num-samples is 0"),
+    "no critics": ("--num-critics 0", "--num-critics is 0"),
+    "no layers": ("--hidden-dims", "needs layers"),
+    "negative radius": ("--eta -1", "--eta is -1.0, but must be at least 0"),
+    "negative beta": ("--beta -0.1", "--beta is -0.1"),
+    "no beam": ("--qgbs-beam 0", "--qgbs-beam is 0"),
+    "gamma": ("--gamma 1.5", "--gamma is 1.5, but must be between 0 and 1"),
+    "backend": ("--env-id cube-double --env-backend jax", "has no jax environment"),
+    "no modes": ("--eval-modes", "--eval-modes needs at least one mode"),
+    "mode twice": ("--eval-modes qgbs qgbs", "each only once"),
+    "resume nothing": ("--resume nowhere", "not a run directory"),
+    "evaluate nothing": ("--evaluate nowhere", "not a run directory"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(fmq, tmp_path, capsys, monkeypatch, name):
+    """One sentence with the remedy on stderr, exit code 2, nothing written."""
+    flags, message = BAD_FLAGS[name]
+    monkeypatch.chdir(tmp_path)
+    assert fmq.command_line(fmq.run, fmq.Args, flags.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", ["--consistency shortcut", "--actor gaussian", "--eval-modes x"])
+def test_flags_that_do_not_parse(fmq, tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        fmq.command_line(fmq.run, fmq.Args, flags.split())
+    assert exit.value.code == 2 and "Traceback" not in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
