@@ -68,7 +68,7 @@ def test_one_jump_draws_from_the_data(fmq, kind):  # L1
 
 def test_guided_step_is_learned(fmq):  # L2
     """Q = 3 a_1 + 4 a_2: u - u_off at r = 0 becomes (0.6, 0.8)."""
-    args = make_args(fmq, horizon=1, beta=0.0)
+    args = make_args(fmq, horizon=1, beta=0.0, eta=1.0)
     critic = lambda params, obs, chunk: jnp.stack([chunk @ jnp.array([3.0, 4.0])] * 2)
     nets, adam = fmq.make_networks(args, 2)._replace(critic=critic), optax.adam(1e-3)
     offline = fmq.init_params(args, 1, 2, jax.random.key(0))["actor"]
@@ -119,7 +119,7 @@ def learner(fmq, objective):
     args = make_args(
         fmq, horizon=2, hidden_dims=(32, 32), learning_rate=2e-3, tau=0.05, gamma=GAMMA,
         num_samples=8, num_seeds=2, consistency_warmup=100, consistency_anneal_end=500,
-        normalize_obs=False,
+        normalize_obs=False, eta=0.5,
     )  # fmt: skip
     nets = fmq.make_networks(args, 1)
 
@@ -193,7 +193,8 @@ def test_reward_of_the_action(fmq):
     }
     assert 0.4 < error["offline", "one-step"] < 0.8, error  # uniform actions: 0.625
     assert error["offline", "best-of-n"] < 0.2 and error["offline", "qgbs"] < 0.2, error
-    assert error["online", "one-step"] < 0.6 * error["offline", "one-step"], error
+    # a step of 0.5 towards 0.5 from uniform actions: on average 0.375 instead of 0.625
+    assert error["online", "one-step"] < 0.75 * error["offline", "one-step"], error
 
 
 # ---- the point maze ----

@@ -155,7 +155,7 @@ def test_two_branches_from_one_offline_checkpoint(fmq, tmp_path):
         assert all(np.array_equal(a, b) for a, b in zip(before, frozen, strict=True))
         assert state["pessimistic"] == (objective == "fmq")
         _, err = finish(start("--resume", branch, "--eta", 0.5, "--online-steps", 160), code=2)
-        assert "--eta was None" in err and "cannot change" in err
+        assert "--eta was 2.0" in err and "cannot change" in err
     assert not any(np.array_equal(a, b) for a, b in zip(*ends.values(), strict=True))
 
 
