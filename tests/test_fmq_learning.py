@@ -212,7 +212,7 @@ def test_point_maze_is_solved(tmp_path):
 
 
 def test_untrained_policy_fails(fmq):
-    args, task = make_args(fmq), fmq.parse_task("pointmaze-medium")
+    args, task = make_args(fmq, eval_episodes=10), fmq.parse_task("pointmaze-medium")
     state = fmq.start_states(args, 2, 2, jnp.zeros(2), jnp.ones(2))
     policies = fmq.evaluation_policies(fmq.make_networks(args, 2), args, 2)
     results = fmq.make_evaluate(task, fmq.make_jax_env(task, args), policies, args)(state, 0)
