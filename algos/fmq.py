@@ -2067,6 +2067,8 @@ def train(args, task):
     tree, facts = load_checkpoint(args.resume) if args.resume else (None, {"step": 0})
     env = make_jax_env(task, args)
     raw, source = load_dataset(task, args.dataset_dir, args.success_timing)
+    if args.sparse and raw["rewards"].max() > 0:
+        raise UserError("--sparse is for rewards of at most 0; use --sparse False")
     if args.sparse:
         raw["rewards"] = sparse_rewards(raw["rewards"])
     if len(raw["rewards"]) < args.horizon:
