@@ -216,18 +216,20 @@ class Args:
 PAPER = {
     "online": dict(  # [code]
         online_steps=1_000_000, learning_starts=50_000, batch_size=512, gamma=0.99, num_envs=1,
-        actor_lr=3e-4, critic_lr=1e-3, alpha_lr=1e-3, adam_b1=0.5, policy_delay=3, d_model=96,
-        hidden_dim=512,        policy="flow-g", noise="learned", autotune=True, ent_coef=0.2, action_scale=1.0,
-        critic_hidden_dims=(1024, 1024), updates_per_dispatch=500, eval_interval=25_000,
-        eval_episodes=10, offline_steps=0, horizon_length=1, normalize_obs=False, sparse=False,
+        actor_lr=3e-4, critic_lr=1e-3, alpha_lr=1e-3, adam_b1=0.5, policy_delay=3, hidden_dim=512,
+        d_model=96, critic_hidden_dims=(1024, 1024), policy="flow-g", noise="learned",
+        autotune=True, ent_coef=0.2, action_scale=1.0, updates_per_dispatch=500,
+        eval_interval=25_000, eval_episodes=10, offline_steps=0, horizon_length=1,
+        normalize_obs=False, sparse=False,
     ),
     "offline-to-online": dict(  # [code], [qc]
         offline_steps=1_000_000, online_steps=1_000_000, learning_starts=5_000, batch_size=256,
         gamma=0.99, num_envs=1, actor_lr=3e-4, critic_lr=3e-4, alpha_lr=3e-4, adam_b1=0.9,
-        tau=0.005, policy_delay=1, d_model=128, hidden_dim=512, policy="flow-t", noise="fixed", autotune=False,
-        action_scale=1.0, critic_hidden_dims=(512, 512, 512, 512), updates_per_dispatch=500,
-        eval_interval=100_000, eval_episodes=50, horizon_length=5, beta=100.0, normalize_obs=False,
-        sparse=False, bc_space="action", offline_schedule="interleaved", bc_fraction=0.25,
+        tau=0.005, policy_delay=1, hidden_dim=512, d_model=128,
+        critic_hidden_dims=(512, 512, 512, 512), policy="flow-t", noise="fixed", autotune=False,
+        action_scale=1.0, updates_per_dispatch=500, eval_interval=100_000, eval_episodes=50,
+        horizon_length=5, normalize_obs=False, sparse=False, beta=100.0, bc_space="action",
+        offline_schedule="interleaved", bc_fraction=0.25,
     ),
 }  # fmt: skip
 PLAIN = dict(  # [code] --critic plain
