@@ -66,33 +66,36 @@ def test_log_prob_is_a_sum_of_gaussian_log_densities(sac, policy, noise, drift):
     """Density of the given path under the velocity's means and deviations, in float64."""
     flags = dict(noise=noise) if policy != "gaussian" else {}
     args = make_args(sac, policy=policy, drift_correction=drift, action_scale=0.4, **flags, **SMALL)
-    nets, params, stats = make_actor(sac, args, 5, 3)
-    obs = jax.random.normal(jax.random.key(1), (6, 5))
-    sample = jax.jit(
-        lambda obs, key: sac.sample_action(params, stats, nets, args, obs, key, args.sigma)
-    )
-    action, log_prob, path, _ = sample(obs, jax.random.key(2))
-    u = np.asarray(path.x[-1], np.float64)
-    np.testing.assert_allclose(action, 0.4 * np.tanh(u), atol=1e-6)
-    assert 0.1 < np.abs(u).max() < 12
-    expected = -np.log(0.4 * (1 - np.tanh(u) ** 2))
-    if policy == "gaussian":
-        (mean, log_std), _ = nets.gaussian(params, stats, obs)
-        expected += normal_logpdf(u, mean, np.exp(np.asarray(log_std, np.float64)))
-    else:
-        expected += normal_logpdf(path.x[0], 0.0, 1.0)
-        velocity = jax.jit(
-            lambda x, t, k: step_velocity(nets, params, stats, obs, x, t, k), static_argnums=2
+    nets, *variables = make_actor(sac, args, 5, 3)
+    to_64 = lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x
+    with jax.enable_x64():
+        params, stats = jax.tree.map(to_64, variables)
+        obs = jax.random.normal(jax.random.key(1), (6, 5))
+        sample = jax.jit(
+            lambda obs, key: sac.sample_action(params, stats, nets, args, obs, key, args.sigma)
         )
-        for k in range(4):
-            x, t = path.x[k], k / 4
-            v, log_std = velocity(x, t, k)
-            std = 0.05 * 2 * 0.5 if drift else 0.05  # sigma 0.10 with the correction, sqrt(1/4)
-            std = std if log_std is None else np.exp(np.asarray(log_std, np.float64))
-            if drift:
-                v += 0.10**2 / 2 * (t * v - x) / (1 - t)
-            expected += normal_logpdf(path.x[k + 1], x + v / 4, std)
-    np.testing.assert_allclose(log_prob, expected.sum(axis=-1), rtol=1e-5, atol=2e-5)
+        action, log_prob, path, _ = sample(obs, jax.random.key(2))
+        u = np.asarray(path.x[-1], np.float64)
+        np.testing.assert_allclose(action, 0.4 * np.tanh(u), atol=1e-6)
+        assert 0.1 < np.abs(u).max() < 12
+        expected = -np.log(0.4 * (1 - np.tanh(u) ** 2))
+        if policy == "gaussian":
+            (mean, log_std), _ = nets.gaussian(params, stats, obs)
+            expected += normal_logpdf(u, mean, np.exp(np.asarray(log_std, np.float64)))
+        else:
+            expected += normal_logpdf(path.x[0], 0.0, 1.0)
+            velocity = jax.jit(
+                lambda x, t, k: step_velocity(nets, params, stats, obs, x, t, k), static_argnums=2
+            )
+            for k in range(4):
+                x, t = path.x[k], k / 4
+                v, log_std = velocity(x, t, k)
+                std = 0.05 * 2 * 0.5 if drift else 0.05  # sigma 0.10 with the correction, sqrt(1/4)
+                std = std if log_std is None else np.exp(np.asarray(log_std, np.float64))
+                if drift:
+                    v += 0.10**2 / 2 * (t * v - x) / (1 - t)
+                expected += normal_logpdf(path.x[k + 1], x + v / 4, std)
+        np.testing.assert_allclose(log_prob, expected.sum(axis=-1), rtol=1e-6)
 
 
 def test_log_prob_by_hand(sac):
