@@ -195,7 +195,7 @@ def test_one_update_of_each_mode(sac, env_id, delay):
     """Online: policy_delay critic steps, then the actor up the new critic and the temperature.
     Offline-to-online: joint steps, the actor up the critic as it was before."""
     settings, key = sac.PhaseSettings(jnp.float32(2.0)), jax.random.key(4)
-    args = make_args(sac, env_id, policy="flow-g")
+    args = make_args(sac, env_id, policy="flow-g", target_entropy=0.0)
     assert args.policy_delay == delay
     nets, state = sac.make_networks(args, 2), make_state(sac, args)
     batches = [make_batch(args, seed=i) for i in range(delay)]
@@ -329,7 +329,7 @@ def all_windows(sac, data, replay, horizon, num_starts, monkeypatch, **limits):
 
 
 def test_ring_seam(sac, monkeypatch):
-    """C = 8, h = 3. After 11 writes rows 3..10 are there: physical starts 3..7 and 0, never 1, 2."""
+    """C = 8, h = 3. After 11 writes rows 3..10 are there: starts 3..7 and 0, never 1, 2."""
     windows = all_windows(sac, None, ring(sac, 8, 11), 3, 6, monkeypatch)
     assert (windows[:, 0] % 8).tolist() == [3, 4, 5, 6, 7, 0]
     assert (np.diff(windows, axis=1) == 1).all() and windows.max() == 10
@@ -387,7 +387,7 @@ def test_two_seeds_equal_two_single_runs(sac, env_id):
     raw = rows_of(np.arange(30) / 30, np.zeros(30), np.ones(30))
     data = sac.chunk_data({k: np.repeat(v, 3, 1) if v.ndim > 1 else v for k, v in raw.items()})
     for seed, number in ((0, 2), (0, 1), (1, 1)):
-        args = make_args(sac, env_id, seed=seed, num_seeds=number, policy="flow-g")
+        args = make_args(sac, env_id, seed=seed, num_seeds=number, target_entropy=0.0)
         nets = sac.make_networks(args, 3)
         step = functools.partial(
             sac.sample_and_update, data=data, settings=settings, nets=nets, args=args

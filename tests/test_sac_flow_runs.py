@@ -1,0 +1,470 @@
+"""SAC Flow's environments and runs: ends of episodes, schedules, resume, bad flags, learning."""
+
+import csv
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, load_script
+from gymnasium.experimental.functional import FuncEnv
+
+SCRIPT = ROOT / "algos" / "sac_flow.py"
+TINY = dict(hidden_dim=8, d_model=8, critic_hidden_dims=(8,), batch_size=8, flow_steps=2)
+FLAGS = "--hidden-dim 8 --d-model 8 --critic-hidden-dims 8 --batch-size 8 --flow-steps 2"
+FLAGS = [*FLAGS.split(), "--updates-per-dispatch", "20", "--eval-episodes", "2"]
+
+
+@pytest.fixture(scope="session")
+def sac():
+    return load_script(SCRIPT)
+
+
+def make_args(sac, env_id, **flags):
+    args = sac.resolve(sac.Args(env_id=env_id, **(TINY | flags)), sac.find_task(env_id))
+    return sac.fill(args, target_entropy=0.0)
+
+
+# ---- tasks ----
+
+
+def test_gymnasium_tasks(sac):
+    for env_id in sac.GYMNASIUM:
+        task = sac.find_task(env_id)
+        assert task.name == task.base == env_id and not task.success and not task.dataset
+        args = sac.resolve(sac.Args(env_id=env_id), task)
+        assert args.mode == "online"
+        gymnasium.logger.min_level = gymnasium.logger.ERROR  # v4 is deprecated
+        box = gymnasium.make(env_id).action_space
+        assert (box.low == -box.high).all() and np.allclose(box.high, args.action_scale)
+    with pytest.raises(sac.UserError, match="close matches: HalfCheetah-v"):
+        sac.find_task("HalfCheeta-v3")
+    task = sac.find_task("cube-double")
+    assert sac.resolve(sac.Args(env_id="cube-double"), task).mode == "offline-to-online"
+    assert task.success and sac.find_task("pointmaze-medium").dataset
+
+
+@pytest.mark.parametrize(
+    "env_id,beta", [("cube-double", 300), ("cube-triple", 100), ("cube-quadruple", 100)]
+)
+def test_published_settings(sac, env_id, beta, capsys):
+    args = sac.resolve(sac.Args(env_id=env_id), sac.find_task(env_id))
+    assert (args.beta, args.beta_online, args.policy, args.horizon_length) == (
+        beta,
+        beta,
+        "flow-t",
+        5,
+    )
+    assert (args.noise, args.sigma, args.sigma_inference) == ("fixed", 0.05, 0.02)
+    assert (args.autotune, args.ent_coef, args.adam_b1, args.tau) == (False, 0.0, 0.9, 0.005)
+    assert capsys.readouterr().out == ""
+    sac.resolve(sac.Args(env_id="scene"), sac.find_task("scene"))
+    assert "beta for scene is not published: 100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("policy", ["flow-g", "gaussian"])
+def test_settings_follow_the_critic(sac, policy):
+    args = sac.resolve(sac.Args(env_id="Ant-v4", policy=policy), sac.find_task("Ant-v4"))
+    found = (args.critic, args.adam_b1, args.policy_delay, args.tau, args.critic_hidden_dims)
+    crossq = ("brn", 0.5, 3, None, (1024, 1024))
+    assert found == (crossq if policy == "flow-g" else ("plain", 0.9, 1, 0.005, (512,) * 4))
+
+
+def test_pendulum_is_gymnasiums(sac):
+    """Same states, rewards and observations as the registered version; 200 steps, never over."""
+    env = sac.Pendulum()
+    assert gymnasium.spec(sac.PENDULUM).max_episode_steps == env.max_episode_steps == 200
+    classic = gymnasium.make("Pendulum-v1").unwrapped
+    classic.reset(seed=0)
+    rng = np.random.default_rng(0)
+    state = jnp.asarray([2.0, -0.5])
+    classic.state = np.asarray(state, np.float64)
+    for _ in range(20):
+        action = rng.uniform(-2, 2, 1).astype(np.float32)
+        new = env.transition(state, jnp.asarray(action), None)
+        obs, reward, terminated, _, _ = classic.step(action)
+        np.testing.assert_allclose(env.observation(new, None), obs, atol=1e-4)
+        assert env.reward(state, action, new, None) == pytest.approx(float(reward), abs=1e-3)
+        assert not terminated and not env.terminal(new, None)
+        state = new
+
+
+# ---- ends of episodes ----
+
+
+class Counter(gymnasium.Env):
+    """Observation: steps taken (from 0), terminates at 3 with an action above 0, truncates at 5."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return np.zeros(1), {}
+
+    def step(self, action):
+        self.t += 1
+        over = self.t == 3 and float(action[0]) > 0
+        return np.full(1, self.t, float), float(self.t), over, self.t == 5 and not over, {}
+
+
+class FunctionalCounter(FuncEnv):
+    """The same as pure functions."""
+
+    max_episode_steps = 5
+    observation_space, action_space = Counter.observation_space, Counter.action_space
+
+    def initial(self, rng, params=None):
+        return jnp.zeros((), jnp.int32), jnp.asarray(False)
+
+    def transition(self, state, action, rng=None, params=None):
+        return state[0] + 1, (state[0] == 2) & (action[0] > 0)
+
+    def observation(self, state, rng=None, params=None):
+        return state[0][None].astype(jnp.float32)
+
+    def reward(self, state, action, next_state, rng=None, params=None):
+        return next_state[0].astype(jnp.float32)
+
+    def terminal(self, state, rng=None, params=None):
+        return state[1]
+
+
+def check_rows(rows, count, num_envs):
+    """Every stored row is what the environment did; both ways to end occur."""
+    rows = {k: np.asarray(v)[0, :count] for k, v in rows.items()}
+    obs, next_obs, action = (rows[k][:, 0] for k in ("obs", "next_obs", "actions"))
+    np.testing.assert_array_equal(next_obs, obs + 1)  # never the observation after a restart
+    np.testing.assert_array_equal(rows["rewards"], obs + 1)
+    terminated = (obs == 2) & (action > 0)
+    truncated = obs == 4
+    np.testing.assert_array_equal(rows["masks"], 1.0 - terminated)  # time limits bootstrap
+    np.testing.assert_array_equal(rows["terminals"], terminated | truncated)
+    assert terminated.sum() > 2 and truncated.sum() > 2
+    for e in range(num_envs):
+        o, end = obs[e::num_envs], (terminated | truncated)[e::num_envs]
+        np.testing.assert_array_equal(o[1:], np.where(end[:-1], 0, o[:-1] + 1))
+    return rows, terminated | truncated
+
+
+def start(sac, args, env):
+    state = sac.start_states(args, 1, 1, jnp.zeros(1), jnp.ones(1))
+    nets = sac.make_networks(args, 1)
+    return nets, sac.start_carry(args, None, nets, state)
+
+
+@pytest.fixture
+def counting_envs(sac, monkeypatch):
+    """The script's vector environments, of counters in this process."""
+
+    waiting = {}
+
+    class Async(gymnasium.vector.SyncVectorEnv):
+        def step_async(self, actions):
+            waiting[id(self)] = actions
+
+        def step_wait(self):
+            return self.step(waiting.pop(id(self)))
+
+    def make_async(gym_id, timing, num_envs, autoreset):
+        return Async([Counter] * num_envs, autoreset_mode=autoreset)
+
+    monkeypatch.setattr(sac, "make_host_envs", make_async)
+
+
+@pytest.mark.parametrize("backend", ["jax", "host"])
+@pytest.mark.parametrize("num_envs", [1, 4])
+def test_ends_of_episodes(sac, counting_envs, backend, num_envs):
+    """What both loops store, and which returns they report."""
+    flags = dict(num_envs=num_envs, learning_starts=8, online_steps=120, action_scale=1.0)
+    args = make_args(sac, "Hopper-v4", policy_delay=1, num_seeds=2, **flags)
+    env = FunctionalCounter() if backend == "jax" else None
+    nets, carry = start(sac, args, env)
+    task = sac.find_task("Hopper-v4")
+    phases = sac.make_phases(task, env, None, nets, args, 1, 1)
+    assert [(p.name, p.start, p.end, p.stride) for p in phases] == [
+        ("warm-up", 0, 8, num_envs), ("online", 8, 120, num_envs)
+    ]  # fmt: skip
+    for phase in phases:
+        carry = phase.enter(carry)
+        carry = phase.advance(carry, (phase.end - phase.start) // phase.stride)
+        if phase.name == "warm-up":
+            assert np.isnan(carry["recent"]).all() and (carry["sums"]["episodes"] == 0).all()
+            assert (carry["state"].step == 0).all()
+            carry = jax.tree.map(jnp.copy, carry)
+    assert (carry["state"].step == 112).all()
+    stored = {k: v[:, 8:] for k, v in carry["replay"]["rows"].items()}
+    rows, done = check_rows(stored, 112, num_envs)
+    lengths = rows["obs"][:, 0] + 1
+    returns = np.where(done, lengths * (lengths + 1) / 2, 0)
+    assert carry["sums"]["episodes"][0] == done.sum()
+    assert carry["sums"]["return"][0] == returns.sum()
+    recent = np.asarray(carry["recent"])[0]
+    newest = returns.reshape(-1, num_envs)[::-1].ravel()
+    newest = newest[newest > 0]
+    steps = done.reshape(-1, num_envs)[::-1].sum(axis=1)
+    ends = np.cumsum(steps[steps > 0])
+    first = ends[ends <= 20]  # the order of episodes that end together does not matter
+    assert len(newest) > 20 and not np.isnan(recent).any()
+    assert recent[: first[-1]].sum() == newest[: first[-1]].sum()
+
+
+def test_a_block_equals_step_after_step(sac):
+    """One environment, delay 3: three steps and then a group of updates do the same as 'step,
+    update the critic' three times and the actor, written out in Python."""
+    flags = dict(num_envs=1, learning_starts=12, online_steps=18, action_scale=1.0)
+    args = make_args(sac, "Hopper-v4", policy_delay=3, policy="flow-g", **flags)
+    env, settings = FunctionalCounter(), sac.PhaseSettings(jnp.float32(0))
+    nets, carry = start(sac, args, env)
+    task = sac.find_task("Hopper-v4")
+    warm_up, online = sac.make_phases(task, env, None, nets, args, 1, 1)
+    assert online.stride == 3
+    carry = online.enter(warm_up.advance(warm_up.enter(carry), 12))
+    one = jax.tree.map(lambda x: jnp.copy(x[0]), carry)
+    blocks = jax.tree.map(lambda x: x[0], online.advance(carry, 2))
+
+    fixed = dict(env=env, nets=nets, args=args, act_dim=1, warm_up=False)
+    step = jax.jit(functools.partial(sac.environment_step, **fixed))
+    for _ in range(2):
+        seen, first = [], one["state"]
+        for j in range(3):
+            one = step(one)
+            key = sac.purpose_key(first.seed, "update", first.step + j)
+            sampled = jax.jit(functools.partial(
+                sac.sample_chunks, data=None, batch_size=8, horizon=1, gamma=0.99
+            ))(jax.random.split(key)[0], replay=one["replay"], limit=args.buffer_size)  # fmt: skip
+            seen.append(sampled)
+        key = jax.random.split(sac.purpose_key(first.seed, "update", first.step))[1]
+        update = jax.jit(functools.partial(sac.update, settings=settings, nets=nets, args=args))
+        one["state"], _ = update(one["state"], seen, key)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+    jax.tree.map(close, one["state"], blocks["state"])
+    jax.tree.map(close, one["replay"], blocks["replay"])
+    assert blocks["state"].step == 6
+
+
+@pytest.mark.parametrize("backend", ["jax", "host"])
+def test_chunks_are_played_open_loop_and_end_with_the_episode(sac, counting_envs, backend):
+    """Actions repeat the chunk that was decided; after an end a new chunk begins."""
+    args = make_args(
+        sac, "cube-double", horizon_length=3, offline_steps=0, online_steps=60, learning_starts=60
+    )
+    env = FunctionalCounter() if backend == "jax" else None
+    nets = sac.make_networks(args, 1)
+    carry = dict(state=sac.start_states(args, 1, 1, jnp.zeros(1), jnp.ones(1)))
+    carry["sums"] = jax.vmap(lambda s: sac.zero_sums({}))(carry["state"].seed)
+    carry["recent"] = jnp.full((1, sac.RECENT), jnp.nan)
+    decided = {}
+
+    def fake(state, obs, time, nets, args, act_dim, warm_up):  # the step of the decision, and k
+        base = time.astype(jnp.float32) * 0.01 + jnp.arange(3) * 0.001
+        sign = jnp.where(time % 2 == 0, 1.0, -1.0)
+        return jnp.broadcast_to((sign * base)[None, :, None], (len(obs), 3, 1))
+
+    original, sac.explore = sac.explore, fake
+    try:
+        (phase,) = sac.make_phases(sac.find_task("cube-double"), env, None, nets, args, 1, 1)
+        carry = phase.advance(phase.enter(carry), 60)
+    finally:
+        sac.explore = original
+    rows = {k: np.asarray(v)[0, :60] for k, v in carry["replay"]["rows"].items()}
+    position = 0
+    for i, action in enumerate(np.abs(rows["actions"][:, 0])):
+        decided[i] = i - position
+        assert action == pytest.approx(0.01 * decided[i] + 0.001 * position, abs=1e-6)
+        position = 0 if rows["terminals"][i] else (position + 1) % 3
+    assert len(set(decided.values())) > 20
+
+
+# ---- runs ----
+
+
+def launch(*flags, code=0):
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def only_run(directory):
+    (run,) = Path(directory).iterdir()
+    return run
+
+
+def metrics(run):
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+PENDULUM_RUN = [*FLAGS, "--online-steps", 120, "--learning-starts", 40, "--eval-interval", 40]
+RUNS = {
+    # phases: warm-up to 40, online to 120; two seeds
+    "pendulum": ([*PENDULUM_RUN, "--num-seeds", 2], [40, 80]),
+    # official environments: the checkpoint at 30 lies inside the online phase
+    "Hopper": (
+        [*FLAGS, "--env-id", "Hopper-v5", "--policy", "gaussian", "--online-steps", 60]
+        + ["--learning-starts", 20, "--eval-interval", 60, "--checkpoint-interval", 10],
+        [20, 40],
+    ),
+    # cloning to 10, RL to 40, warm-up to 60, online to 100
+    "pointmaze": (
+        [*FLAGS, "--env-id", "pointmaze-medium", "--offline-steps", 40, "--online-steps", 60]
+        + ["--offline-schedule", "sequential", "--learning-starts", 20, "--eval-interval", 10]
+        + ["--horizon-length", 3, "--eval-episodes", 1],
+        [10, 30, 50, 80],
+    ),
+}
+
+
+def interrupt_at(sac, run_dir, flags, steps, monkeypatch):
+    """Train in this process and stop right behind the first checkpoint at or after each step."""
+    wanted, save = iter(steps), sac.save_checkpoint
+    target = [next(wanted)]
+
+    class Stop(Exception):
+        pass
+
+    def save_and_stop(directory, carry, facts):
+        save(directory, carry, facts)
+        if target[0] is not None and facts["step"] >= target[0]:
+            target[0] = next(wanted, None)
+            raise Stop
+
+    monkeypatch.setattr(sac, "save_checkpoint", save_and_stop)
+    monkeypatch.setattr(sac, "StopSignal", lambda: type("Never", (), {"number": None})())
+    argv = [*map(str, flags), "--out-dir", str(run_dir)]
+    for _ in range(len(steps)):
+        with pytest.raises(Stop):
+            sac.command_line(sac.run, sac.Args, argv)
+        argv = ["--resume", str(only_run(run_dir))]
+    assert sac.command_line(sac.run, sac.Args, argv) == 0
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_interrupted_runs_end_bit_identical(sac, name, tmp_path, monkeypatch):
+    """Stopped at checkpoints in every phase, against a run that nobody interrupted."""
+    flags, steps = RUNS[name]
+    (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(sac, "StopSignal", lambda: type("Never", (), {"number": None})())
+        argv = [*map(str, flags), "--out-dir", str(tmp_path / "whole")]
+        assert sac.command_line(sac.run, sac.Args, argv) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(sac, tmp_path / "parts", flags, steps, patch)
+    whole, parts = only_run(tmp_path / "whole"), only_run(tmp_path / "parts")
+    assert (whole / "checkpoint.msgpack").read_bytes() == (
+        parts / "checkpoint.msgpack"
+    ).read_bytes()
+    assert metrics(whole) == metrics(parts)
+    if name == "pendulum":
+        check_a_finished_run(sac, whole)
+
+
+def check_a_finished_run(sac, run):
+    """What a run leaves behind; --evaluate repeats its last evaluation."""
+    result = json.loads((run / "result.json").read_text())
+    assert result["steps"] == 120 and np.shape(result["episodes"]["return_stochastic"]) == (2, 2)
+    assert {"eval/return_deterministic", "eval/return_stochastic_last_three"} <= result.keys()
+    assert not [k for k in result if "success" in k]
+    rows = metrics(run)
+    assert {"charts/episodic_return", "train/entropy", "train/alpha"} <= rows[0].keys()
+    assert all(r["charts/episodic_return"] == "" for r in rows if int(r["step"]) <= 40)
+    out = launch("--evaluate", run).stdout.splitlines()
+    for mode, line in (("stochastic", 2), ("deterministic", 6)):
+        for i in (0, 1):
+            mean = np.mean(result["episodes"][f"return_{mode}"][i])
+            assert out[line + i].split()[:2] == [str(i), f"{mean:.2f}"]
+    tree, _ = sac.load_checkpoint(run)
+    calls = tree["state"]["stats"]["critic"]["VmapMLP_0"]["BatchRenorm_0"]["calls"]
+    assert (calls == 80).all()  # the state of BatchRenorm is in the checkpoint
+
+
+def test_episodic_return_is_the_mean_of_the_last_episodes(sac):
+    """store(): newest first, NaN where there was none yet."""
+    args = make_args(sac, "Hopper-v4", num_envs=3)
+    carry = dict(replay=sac.make_replay(30, 1, 1), recent=jnp.full(sac.RECENT, jnp.nan))
+    carry["sums"] = sac.zero_sums({})
+    rng, history = np.random.default_rng(0), []
+    for _ in range(12):
+        done, returns = rng.random(3) < 0.7, rng.normal(size=3).astype(np.float32)
+        out = dict(reward=jnp.zeros(3), terminated=jnp.asarray(done), truncated=jnp.zeros(3, bool))
+        out |= dict(success=jnp.zeros(3), next_obs=jnp.zeros((3, 1)))
+        obs = jnp.zeros((3, 1))
+        carry = sac.store(carry, obs, obs, out, jnp.asarray(returns), args, warm_up=False)
+        history = [*returns[done], *history]
+        expected = (history + [np.nan] * 20)[:20]
+        np.testing.assert_array_equal(carry["recent"], np.float32(expected))
+    assert len(history) > 20
+
+
+BAD_FLAGS = {
+    "unknown": ("--env-id Hoper-v4", "close matches: Hopper-v4"),
+    "mode": ("--env-id Hopper-v4 --mode offline-to-online", "use --mode online"),
+    "other mode": ("--env-id cube-double --mode online", "use --mode offline-to-online"),
+    "beta": ("--beta 3", "--beta has no meaning with --mode online"),
+    "offline": ("--offline-steps 10", "--offline-steps has no meaning with --mode online"),
+    "chunk": ("--horizon-length 5", "--horizon-length has no meaning"),
+    "critic": ("--env-id cube-double --critic brn", "--critic has no meaning"),
+    "gaussian": ("--env-id cube-double --policy gaussian", "exists with --mode online alone"),
+    "gaussian noise": ("--policy gaussian --noise fixed", "leave out --noise"),
+    "drift": ("--drift-correction", "add --noise fixed"),
+    "sigma": ("--noise fixed --sigma 0", "must be above 0"),
+    "ceiling": ("--noise fixed", "cannot be reached with fixed noise"),
+    "no target": ("--env-id pointmaze-medium --autotune", "needs --target-entropy"),
+    "coefficient": ("--ent-coef 0", "--autotune starts from --ent-coef"),
+    "steps": ("--total-timesteps 500", "must exceed --learning-starts"),
+    "nothing": ("--env-id cube-double --offline-steps 0 --online-steps 0", "nothing to train"),
+    "envs": ("--num-envs 3", "must be multiples of --num-envs"),
+    "scale": ("--action-scale 1", "--action-scale is 1, but phys2d/Pendulum-v0 has the box"),
+    "backend": ("--env-backend host", "has no host environment"),
+    "no jax": ("--env-id Ant-v5 --env-backend jax", "has no jax environment"),
+    "width": ("--d-model 30", "multiple of 4"),
+    "layers": ("--critic-hidden-dims 0", "needs layers"),
+    "fraction": ("--env-id cube-double --bc-fraction 2", "between 0 and 1"),
+    "memory": ("--num-seeds 1000000 --online-steps 1000000", "lower --buffer-size or --num-seeds"),
+    "ring": ("--buffer-size 2", "--buffer-size must hold"),
+    "delay": ("--policy-delay 0", "--policy-delay is 0"),
+    "rate": ("--actor-lr -1", "--actor-lr is -1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(sac, tmp_path, capsys, monkeypatch, name):
+    """One sentence with the remedy on stderr, exit code 2, nothing written."""
+    flags, message = BAD_FLAGS[name]
+    monkeypatch.chdir(tmp_path)
+    assert sac.command_line(sac.run, sac.Args, flags.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- learning ----
+
+
+def returns_of(sac, args, task, state):
+    policies = sac.evaluation_policies(sac.make_networks(args, 1), args)
+    return sac.make_evaluate(task, sac.Pendulum(), policies, args)(state, 0)
+
+
+def test_pendulum_is_learned(tmp_path, sac):
+    """Flow-G with the defaults; an untrained and a random policy are measured beside it."""
+    task = sac.find_task(sac.PENDULUM)
+    args = sac.fill(sac.resolve(sac.Args(), task), target_entropy=0.0)
+    untrained = sac.start_states(args, 3, 1, jnp.zeros(3), jnp.ones(3))
+    before = returns_of(sac, args, task, untrained)["return_stochastic"].mean()
+    random = lambda state, obs, key: jax.random.uniform(key, (1,), minval=-2, maxval=2)
+    evaluate = sac.make_evaluate(task, sac.Pendulum(), {"": random}, args)
+    chance = evaluate(untrained, 0)["return"].mean()
+    launch("--online-steps", 10_000, "--eval-interval", 5_000, "--out-dir", tmp_path)
+    result = json.loads((only_run(tmp_path) / "result.json").read_text())
+    assert len(result["episodes"]["return_stochastic"][0]) == 50
+    assert result["eval/return_stochastic"] >= -300, result["eval/return_stochastic"]
+    assert max(before, chance) < -800
