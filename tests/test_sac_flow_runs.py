@@ -231,17 +231,16 @@ def test_a_block_equals_step_after_step(sac):
 
     fixed = dict(env=env, nets=nets, args=args, act_dim=1, warm_up=False)
     step = jax.jit(functools.partial(sac.environment_step, **fixed))
+    update = jax.jit(functools.partial(sac.update, settings=settings, nets=nets, args=args))
+    plain = functools.partial(sac.sample_chunks, data=None, batch_size=8, horizon=1, gamma=0.99)
+    draw = jax.jit(lambda key, replay: plain(key=key, replay=replay))
     for _ in range(2):
-        seen, first = [], one["state"]
+        seen, seed, number = [], one["state"].seed, one["state"].step
         for j in range(3):
             one = step(one)
-            key = sac.purpose_key(first.seed, "update", first.step + j)
-            sampled = jax.jit(functools.partial(
-                sac.sample_chunks, data=None, batch_size=8, horizon=1, gamma=0.99
-            ))(jax.random.split(key)[0], replay=one["replay"], limit=args.buffer_size)  # fmt: skip
-            seen.append(sampled)
-        key = jax.random.split(sac.purpose_key(first.seed, "update", first.step))[1]
-        update = jax.jit(functools.partial(sac.update, settings=settings, nets=nets, args=args))
+            key = jax.random.split(sac.purpose_key(seed, "update", number + j))[0]
+            seen.append(draw(key, one["replay"]))
+        key = jax.random.split(sac.purpose_key(seed, "update", number))[1]
         one["state"], _ = update(one["state"], seen, key)
     close = functools.partial(np.testing.assert_allclose, atol=1e-5)
     jax.tree.map(close, one["state"], blocks["state"])
