@@ -127,6 +127,7 @@ from tqdm import tqdm
 
 ALGO = "flowq"
 FREE_ALSO = ()  # flags that may still change when a run is resumed
+EVALUATION_FLAGS = ("eval_candidates",)  # flags that may change with --evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1321,7 +1322,8 @@ PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
 FREE_ON_RESUME = ("offline_steps", "online_steps", "eval_interval", "eval_episodes")
 FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate")
-# those in FREE_ALSO, a script's own, are free until its online phase has begun
+# FREE_ALSO, a script's own, are free until its online phase has begun; with --evaluate env_backend
+# and EVALUATION_FLAGS, also its own, are
 
 
 def purpose_key(seed, purpose, *numbers):
@@ -1475,6 +1477,7 @@ def read_args(run_dir, argv, default):
         old = getattr(before, name)
         free = name in FREE_ON_RESUME and not (name == "offline_steps" and before.online_steps)
         free = free or (name in FREE_ALSO and not before.online_steps)
+        free = free or (args.evaluate and name in ("env_backend", *EVALUATION_FLAGS))
         if old != new and not free:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} was {old} in {run_dir} and cannot change; start a new run")
@@ -1655,9 +1658,11 @@ def train_loop(run, carry, phases, evaluate, args):
     intervals = (args.updates_per_dispatch, args.eval_interval, args.checkpoint_interval)
     stop, saved = StopSignal(), run.step
     if run.step >= phases[-1].end:
-        raise UserError(
-            f"{run.dir} is complete at step {run.step:,}: give more steps or --evaluate"
-        )
+        if (run.dir / "result.json").exists():
+            raise UserError(
+                f"{run.dir} is complete at step {run.step:,}: give more steps or --evaluate"
+            )
+        return evaluate(carry["state"], run.step)  # stopped between the last checkpoint and this
 
     for phase in (p for p in phases if run.step < p.end):
         if run.step == phase.start:
