@@ -16,9 +16,10 @@ SCRIPT = ROOT / "algos" / "flowq.py"
 TINY = "--hidden-dims 8 8 --batch-size 16 --flow-steps 2 --eval-episodes 3 --eval-candidates 4"
 TINY = (TINY + " --updates-per-dispatch 20 --offline-steps 200 --eval-interval 100").split()
 VARIANTS = {  # what a state may hold: no critic; critic, value, base flow and schedule
-    "toy": ["--env-id", "energy-toy", "--schedule", "learned", "--schedule-warmup", "50"],
-    "maze": ["--critic", "iql", "--schedule", "learned", "--schedule-warmup", "50", "--lr-decay"],
+    "toy": "--env-id energy-toy --schedule learned --schedule-warmup 50",
+    "maze": "--critic iql --schedule learned --schedule-warmup 50 --lr-decay True",
 }
+VARIANTS = {name: flags.split() for name, flags in VARIANTS.items()}
 
 
 @pytest.fixture(scope="module")

@@ -477,5 +477,4 @@ def test_reward_of_both(flowq, critic):
     raw = probe(lambda s, a: 1 - (a - s / 2) ** 2, lambda s: 0.0)
     states = learn_probe(flowq, critic, raw, 2_000)
     actions = check_values(states, 1 - (ACTIONS - OBS / 2) ** 2, 0.15)
-    print(actions.mean(-1), actions.std(-1))
-    assert (actions[:, 0].mean(-1) < -0.25).all() and (actions[:, 1].mean(-1) > 0.25).all()
+    assert np.abs(actions.mean(-1) - [-0.5, 0.5]).max() < 0.15, actions.mean(-1)
