@@ -64,6 +64,7 @@ Modes
 # ]
 # ///
 
+import copy
 import csv
 import dataclasses
 import difflib
@@ -681,6 +682,216 @@ def evaluate_host(envs, act, seeds, step, num_episodes):
 
 
 # ==== end shared: vector environments ====
+
+
+# ==== shared: mjx environments ====
+# What Gymnasium's v5 locomotion tasks pay, when they end and how they start: `forward` times the
+# velocity along x, `lift` times the height, `alive` while healthy, minus `control` * |a|^2 and
+# `contact` * |contact forces|^2. Healthy: height and pitch (planar robots) in their ranges, every
+# other coordinate below `limit`. Starts: uniform noise on positions, and on velocities if not normal
+MJX_TASKS = {
+    "Hopper-v5": dict(
+        alive=1.0, control=1e-3, height=(0.7, np.inf), pitch=(-0.2, 0.2), limit=100.0,
+        clip_velocity=10.0, noise=5e-3,
+    ),
+    "Walker2d-v5": dict(
+        alive=1.0, control=1e-3, height=(0.8, 2.0), pitch=(-1.0, 1.0), clip_velocity=10.0,
+        noise=5e-3,
+    ),
+    "HalfCheetah-v5": dict(control=0.1, noise=0.1, normal=True, ends=False),
+    "Ant-v5": dict(
+        alive=1.0, control=0.5, contact=5e-4, height=(0.2, 1.0), clip_force=1.0, noise=0.1,
+        normal=True,
+    ),
+    "Humanoid-v5": dict(
+        forward=1.25, alive=5.0, control=0.1, contact=5e-7, height=(1.0, 2.0), noise=1e-2,
+    ),
+    "HumanoidStandup-v5": dict(
+        forward=0.0, lift=1 / 0.003, alive=1.0, control=0.1, contact=5e-7, noise=1e-2, ends=False,
+    ),
+}  # fmt: skip
+MJX_ANY = (-np.inf, np.inf)
+MJX_DEFAULTS = dict(
+    forward=1.0, lift=0.0, alive=0.0, contact=0.0, height=MJX_ANY, pitch=MJX_ANY, limit=np.inf,
+    clip_velocity=np.inf, clip_force=np.inf, normal=False, ends=True,
+)  # fmt: skip
+
+
+def mend_mjx():
+    """Replace three of MJX's colliders by ones that do what MuJoCo's do.
+
+    Plane and capsule: MJX aligns the contact's tangents with the capsule only when it is more than
+    30 degrees off the normal. Sphere or capsule and box: MJX drops contacts that are still apart
+    but within the margin; here the first geom grows by the margin, and the contact is moved back.
+    """
+    from mujoco.mjx._src import collision_driver
+    from mujoco.mjx._src.types import GeomType
+
+    table = collision_driver._COLLISION_FUNC
+    plane_capsule = table[GeomType.PLANE, GeomType.CAPSULE]
+    if hasattr(plane_capsule, "mended"):
+        return
+
+    def aligned(m, d, key, geom):
+        dist, pos, frame = plane_capsule(m, d, key, geom)
+        normal, axis = (d.geom_xmat[geom[:, i], :, 2] for i in (0, 1))
+        tangent = axis - normal * (normal * axis).sum(1, keepdims=True)
+        norm = jnp.linalg.norm(tangent, axis=1, keepdims=True)
+        tangent = tangent / jnp.maximum(norm, 1e-6)
+        new = jnp.stack([normal, tangent, jnp.cross(normal, tangent)], axis=1)
+        new = jnp.where(norm[..., None] > 1e-6, new, frame[::2])
+        return dist, pos, jnp.repeat(new, 2, axis=0)
+
+    def within_margin(collide):
+        def mended(m, d, key, geom):
+            margin = m.geom_margin[geom].sum(axis=1)
+            size = m.geom_size.at[geom[:, 0], 0].set(m.geom_size[geom[:, 0], 0] + margin)
+            dist, pos, frame = collide(m.replace(geom_size=size), d, key, geom)
+            margin = jnp.repeat(margin, collide.ncon)
+            return dist + margin, pos - frame[:, 0] * margin[:, None] / 2, frame
+
+        mended.ncon = collide.ncon
+        return mended
+
+    aligned.ncon, aligned.mended = plane_capsule.ncon, True
+    table[GeomType.PLANE, GeomType.CAPSULE] = aligned
+    for round_geom in (GeomType.SPHERE, GeomType.CAPSULE):
+        table[round_geom, GeomType.BOX] = within_margin(table[round_geom, GeomType.BOX])
+
+
+class MjxState(NamedTuple):
+    qpos: jax.Array
+    qvel: jax.Array
+    qacc: jax.Array  # of the last evaluation; the constraint solver starts from it
+    x: jax.Array  # position along x by which the task pays
+    derived: jax.Array  # observed inertias, velocities and forces, of the last evaluation
+    success: jax.Array  # did the last transition reach the goal? (mazes)
+
+
+class Mjx(FuncEnv):
+    """Gymnasium's locomotion tasks in MJX, MuJoCo's engine in JAX: the official model, batched.
+
+    What MuJoCo derives from positions (body positions, contact forces, ...) is, after a step, that
+    of the last evaluation within the last Runge-Kutta step; Ant's and Humanoid's velocities,
+    observations and contact costs use it, so it is kept here too.
+    """
+
+    def __init__(self, gym_id: str):
+        from mujoco import mjx
+
+        super().__init__()
+        mend_mjx()
+        self.official = make_host_env(gym_id).unwrapped
+        self.max_episode_steps = gymnasium.spec(gym_id).max_episode_steps
+        self.observation_space = self.official.observation_space
+        self.action_space = self.official.action_space
+        self.task = MJX_DEFAULTS | MJX_TASKS.get(gym_id, {})
+        self.frame_skip, self.dt = self.official.frame_skip, self.official.dt
+        self.humanoid, self.ant = gym_id.startswith("Humanoid"), gym_id.startswith("Ant")
+        model = self.make_model()
+        # The official iterative solver (Humanoid) does not exist in MJX; both find one solution.
+        # MJX runs all line-search iterations even when fewer do, and they nearly always do.
+        model.opt.solver, model.opt.ls_iterations = 2, 10  # Newton
+        self.free = model.jnt_type[0] == 0  # the robot floats: the planar ones are on rails
+        self.model = mjx.put_model(model)
+        self.data = mjx.make_data(self.model)
+        self.init_qpos, self.mass = self.official.init_qpos, model.body_mass / model.body_mass.sum()
+
+    def make_model(self):
+        return copy.copy(self.official.model)
+
+    def model_at(self, qpos):
+        return self.model
+
+    def derive(self, data):
+        """What the task sees of MuJoCo's derived quantities: position along x, and `derived`."""
+        force = jnp.clip(data.cfrc_ext[1:], -self.task["clip_force"], self.task["clip_force"])
+        if self.ant:
+            return data.xpos[1, 0], force.ravel()
+        if self.humanoid:
+            inertia, velocity = data._impl.cinert[1:], data.cvel[1:]
+            parts = (inertia.ravel(), velocity.ravel(), data.qfrc_actuator[6:], force.ravel())
+            return jnp.asarray(self.mass) @ data.xipos[:, 0], jnp.concatenate(parts)
+        return data.qpos[0], jnp.zeros(0)
+
+    def simulate(self, state, action):
+        """`frame_skip` steps of the classical Runge-Kutta method, one evaluation per loop body."""
+        from mujoco import mjx
+        from mujoco.mjx._src.forward import _integrate_pos
+
+        h, joints = self.model.opt.timestep, self.model.jnt_type
+        tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
+
+        def step(_, state):
+            model = self.model_at(state.qpos)
+            data = self.data.replace(ctrl=action)
+
+            def stage(carry, ab):
+                qvel, qacc, mean_qvel, mean_qacc, _ = carry
+                qpos = _integrate_pos(joints, state.qpos, qvel, ab[0] * h)
+                qvel = state.qvel + ab[0] * h * qacc
+                new = mjx.forward(model, data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=qacc))
+                if self.ant or self.humanoid:
+                    new = mjx.rne_postconstraint(model, new)
+                means = mean_qvel + ab[1] * qvel, mean_qacc + ab[1] * new.qacc
+                return (qvel, new.qacc, *means, self.derive(new)), None
+
+            zeros = jnp.zeros_like(state.qvel)
+            carry = (state.qvel, state.qacc, zeros, zeros, (state.x, state.derived))
+            (_, qacc, qvel, mean_qacc, (x, derived)), _ = jax.lax.scan(stage, carry, tableau)
+            qpos = _integrate_pos(joints, state.qpos, qvel, h)
+            x = x if self.free else qpos[0]
+            return state._replace(
+                qpos=qpos, qvel=state.qvel + h * mean_qacc, qacc=qacc, x=x, derived=derived
+            )
+
+        return jax.lax.fori_loop(0, self.frame_skip, step, state)
+
+    def at(self, qpos, qvel):
+        """State that a reset to these positions and velocities makes."""
+        from mujoco import mjx
+
+        data = self.data.replace(qpos=qpos, qvel=qvel)
+        for part in (mjx.kinematics, mjx.com_pos, mjx.com_vel):
+            data = part(self.model, data)
+        return MjxState(qpos, qvel, jnp.zeros_like(qvel), *self.derive(data), jnp.asarray(False))
+
+    def initial(self, rng: Any, params: Any = None) -> MjxState:
+        qpos_key, qvel_key = jax.random.split(rng)
+        noise, draw = self.task["noise"], lambda *args: jax.random.uniform(*args, minval=-1)
+        qpos = jnp.asarray(self.init_qpos) + noise * draw(qpos_key, (self.model.nq,))
+        draw = jax.random.normal if self.task["normal"] else draw
+        qvel = noise * draw(qvel_key, (self.model.nv,))
+        return self.at(qpos, qvel)
+
+    def transition(self, state, action, rng=None, params=None) -> MjxState:
+        return self.simulate(state, action)
+
+    def observation(self, state, rng=None, params=None):
+        limit = self.task["clip_velocity"]
+        qpos, qvel = state.qpos[2 if self.free else 1 :], jnp.clip(state.qvel, -limit, limit)
+        return jnp.concatenate([qpos, qvel, state.derived])
+
+    def healthy(self, state):
+        height, pitch = (state.qpos[2], 0.0) if self.free else (state.qpos[1], state.qpos[2])
+        others = jnp.concatenate([state.qpos[2:], state.qvel])
+        (low, high), (left, right) = self.task["height"], self.task["pitch"]
+        upright = (low < height) & (height < high) & (left < pitch) & (pitch < right)
+        return upright & (jnp.abs(others) < self.task["limit"]).all()
+
+    def reward(self, state, action, next_state, rng=None, params=None):
+        t = self.task
+        force = next_state.derived[-(self.model.nbody - 1) * 6 :]
+        costs = t["control"] * (action**2).sum()
+        costs += jnp.minimum(t["contact"] * (force**2).sum(), 10.0)
+        earned = t["forward"] * (next_state.x - state.x) / self.dt + t["lift"] * next_state.qpos[2]
+        return earned + t["alive"] * self.healthy(next_state) - costs
+
+    def terminal(self, state, rng=None, params=None):
+        return ~self.healthy(state) & self.task["ends"]
+
+
+# ==== end shared: mjx environments ====
 
 
 # ==== shared: data ====
