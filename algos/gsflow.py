@@ -64,6 +64,7 @@ Modes
 # ]
 # ///
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -122,9 +123,10 @@ class Args:
     """float32 matmuls: JAX's default (TF32 on recent GPUs), high or highest"""
 
     # ---- environment and data ----
-    env_backend: Literal["auto", "jax", "host"] = "auto"
+    env_backend: Literal["auto", "jax", "host", "mjx"] = "auto"
     """jax: vmapped environment inside the program (point mazes, multi-crescent); host: the official
-    environment through gymnasium.vector; auto: jax where it exists"""
+    environment through gymnasium.vector; auto: jax where it exists, else host; mjx: antmaze-*
+    vmapped inside the program, for a GPU (on a CPU it is many times slower than host)"""
     success_timing: Literal["post", "pre"] = "post"
     """reward and success after the action (post, as published) or before it (pre, OGBench 1.2)"""
     dataset_dir: str = "~/.ogbench/data"
@@ -688,7 +690,7 @@ def evaluate_host(envs, act, seeds, step, num_episodes):
 # What Gymnasium's v5 locomotion tasks pay, when they end and how they start: `forward` times the
 # velocity along x, `lift` times the height, `alive` while healthy, minus `control` * |a|^2 and
 # `contact` * |contact forces|^2. Healthy: height and pitch (planar robots) in their ranges, every
-# other coordinate below `limit`. Starts: uniform noise on positions, and on velocities if not normal
+# other coordinate below `limit`. Starts: uniform noise, on velocities Gaussian where `normal`.
 MJX_TASKS = {
     "Hopper-v5": dict(
         alive=1.0, control=1e-3, height=(0.7, np.inf), pitch=(-0.2, 0.2), limit=100.0,
@@ -717,20 +719,22 @@ MJX_DEFAULTS = dict(
 )  # fmt: skip
 
 
-def mend_mjx():
-    """Replace three of MJX's colliders by ones that do what MuJoCo's do.
+def import_mjx():
+    """MuJoCo's engine in JAX, three of its colliders replaced by ones that do what MuJoCo's do.
 
     Plane and capsule: MJX aligns the contact's tangents with the capsule only when it is more than
     30 degrees off the normal. Sphere or capsule and box: MJX drops contacts that are still apart
     but within the margin; here the first geom grows by the margin, and the contact is moved back.
     """
-    from mujoco.mjx._src import collision_driver
-    from mujoco.mjx._src.types import GeomType
+    with contextlib.redirect_stdout(None):  # it says that it has no warp
+        from mujoco import mjx
+        from mujoco.mjx._src import collision_driver
+        from mujoco.mjx._src.types import GeomType
 
     table = collision_driver._COLLISION_FUNC
     plane_capsule = table[GeomType.PLANE, GeomType.CAPSULE]
     if hasattr(plane_capsule, "mended"):
-        return
+        return mjx
 
     def aligned(m, d, key, geom):
         dist, pos, frame = plane_capsule(m, d, key, geom)
@@ -757,6 +761,7 @@ def mend_mjx():
     table[GeomType.PLANE, GeomType.CAPSULE] = aligned
     for round_geom in (GeomType.SPHERE, GeomType.CAPSULE):
         table[round_geom, GeomType.BOX] = within_margin(table[round_geom, GeomType.BOX])
+    return mjx
 
 
 class MjxState(NamedTuple):
@@ -777,11 +782,9 @@ class Mjx(FuncEnv):
     """
 
     def __init__(self, gym_id: str):
-        from mujoco import mjx
-
         super().__init__()
-        mend_mjx()
-        self.official = make_host_env(gym_id).unwrapped
+        self.mjx = import_mjx()
+        self.official = make_host_env(gym_id).unwrapped  # OGBench's with any success timing
         self.max_episode_steps = gymnasium.spec(gym_id).max_episode_steps
         self.observation_space = self.official.observation_space
         self.action_space = self.official.action_space
@@ -793,8 +796,8 @@ class Mjx(FuncEnv):
         # MJX runs all line-search iterations even when fewer do, and they nearly always do.
         model.opt.solver, model.opt.ls_iterations = 2, 10  # Newton
         self.free = model.jnt_type[0] == 0  # the robot floats: the planar ones are on rails
-        self.model = mjx.put_model(model)
-        self.data = mjx.make_data(self.model)
+        self.model = self.mjx.put_model(model)
+        self.data = self.mjx.make_data(self.model)
         self.init_qpos, self.mass = self.official.init_qpos, model.body_mass / model.body_mass.sum()
 
     def make_model(self):
@@ -816,10 +819,8 @@ class Mjx(FuncEnv):
 
     def simulate(self, state, action):
         """`frame_skip` steps of the classical Runge-Kutta method, one evaluation per loop body."""
-        from mujoco import mjx
-        from mujoco.mjx._src.forward import _integrate_pos
-
-        h, joints = self.model.opt.timestep, self.model.jnt_type
+        mjx, h = self.mjx, self.model.opt.timestep
+        integrate = functools.partial(mjx._src.forward._integrate_pos, self.model.jnt_type)
         tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
 
         def step(_, state):
@@ -828,7 +829,7 @@ class Mjx(FuncEnv):
 
             def stage(carry, ab):
                 qvel, qacc, mean_qvel, mean_qacc, _ = carry
-                qpos = _integrate_pos(joints, state.qpos, qvel, ab[0] * h)
+                qpos = integrate(state.qpos, qvel, ab[0] * h)
                 qvel = state.qvel + ab[0] * h * qacc
                 new = mjx.forward(model, data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=qacc))
                 if self.ant or self.humanoid:
@@ -839,7 +840,7 @@ class Mjx(FuncEnv):
             zeros = jnp.zeros_like(state.qvel)
             carry = (state.qvel, state.qacc, zeros, zeros, (state.x, state.derived))
             (_, qacc, qvel, mean_qacc, (x, derived)), _ = jax.lax.scan(stage, carry, tableau)
-            qpos = _integrate_pos(joints, state.qpos, qvel, h)
+            qpos = integrate(state.qpos, qvel, h)
             x = x if self.free else qpos[0]
             return state._replace(
                 qpos=qpos, qvel=state.qvel + h * mean_qacc, qacc=qacc, x=x, derived=derived
@@ -849,10 +850,8 @@ class Mjx(FuncEnv):
 
     def at(self, qpos, qvel):
         """State that a reset to these positions and velocities makes."""
-        from mujoco import mjx
-
         data = self.data.replace(qpos=qpos, qvel=qvel)
-        for part in (mjx.kinematics, mjx.com_pos, mjx.com_vel):
+        for part in (self.mjx.kinematics, self.mjx.com_pos, self.mjx.com_vel):
             data = part(self.model, data)
         return MjxState(qpos, qvel, jnp.zeros_like(qvel), *self.derive(data), jnp.asarray(False))
 
@@ -889,6 +888,90 @@ class Mjx(FuncEnv):
 
     def terminal(self, state, rng=None, params=None):
         return ~self.healthy(state) & self.task["ends"]
+
+
+class MjxAntMaze(Mjx):
+    """OGBench's antmaze-{medium,large,giant} with a fixed task.
+
+    Of the walls, four boxes stand where the ant is: in the 2 x 2 cells around it, as often as the
+    engine steps. An ant (1.3 wide to each side) cannot touch another one.
+    """
+
+    max_active = 20  # contacts, the deepest ones: nine at once is the most that was ever seen
+
+    def __init__(self, gym_id: str, success_timing: str):
+        self.success_timing = success_timing
+        super().__init__(gym_id)
+        self.observation_space = self.official.observation_space
+        self.task |= dict(noise=0.1, normal=True)
+        info = self.official.task_infos[self.official._reward_task_id - 1]
+        self.start_xy, self.goal_xy = np.array(info["init_xy"]), np.array(info["goal_xy"])
+
+    def make_model(self):
+        import mujoco
+
+        spec = mujoco.MjSpec.from_file(self.official.fullpath)
+        walls = [geom for geom in spec.geoms if geom.name.startswith("block_")]
+        for geom in walls[4:]:
+            spec.delete(geom)
+        spec.delete(spec.numeric("init_qpos"))  # MJX would take its first entry for the next one
+        spec.add_numeric(name="max_contact_points", size=1, data=[self.max_active])
+        model = spec.compile()
+        self.tiles = np.array([model.geom(geom.name).id for geom in walls[:4]])
+        return model
+
+    def model_at(self, qpos):
+        unit = self.official._maze_unit
+        corner = jnp.floor((qpos[:2] + self.official._offset_x) / unit).astype(int)
+        cells = corner + np.array([(0, 0), (1, 0), (0, 1), (1, 1)])
+        wall = jnp.asarray(self.official.maze_map == 1)[cells[:, 1], cells[:, 0]]
+        height = jnp.where(wall, self.official._maze_height / 2 * unit, -100.0)  # or out of reach
+        xy = cells * unit - self.official._offset_x
+        tiles = jnp.concatenate([xy, height[:, None]], axis=1)
+        return self.model.replace(geom_pos=self.model.geom_pos.at[self.tiles].set(tiles))
+
+    def initial(self, rng: Any, params: Any = None) -> MjxState:
+        state_key, xy_key = jax.random.split(rng)
+        state = super().initial(state_key)
+        xy = self.start_xy + jax.random.uniform(xy_key, (2,), minval=-1, maxval=1)
+        return state._replace(qpos=state.qpos.at[:2].set(xy))
+
+    def transition(self, state, action, rng=None, params=None) -> MjxState:
+        new = self.simulate(state, action)
+        judged = new if self.success_timing == "post" else state
+        distance = jnp.linalg.norm(judged.qpos[:2] - self.goal_xy)
+        return new._replace(success=distance <= self.official._goal_tol)
+
+    def observation(self, state, rng=None, params=None):
+        return jnp.concatenate([state.qpos, state.qvel])
+
+    def reward(self, state, action, next_state, rng=None, params=None):
+        return next_state.success.astype(jnp.float32) - 1
+
+    def terminal(self, state, rng=None, params=None):
+        return state.success
+
+    def success(self, state):
+        return state.success
+
+
+def make_mjx_env(task, success_timing):
+    """The task in MJX; refuses those that MJX cannot simulate."""
+    ant_mazes = ("antmaze-medium", "antmaze-large", "antmaze-giant")
+    if task.gym_id not in MJX_TASKS and task.base not in ant_mazes:
+        raise UserError(
+            f"--env-backend mjx has {', '.join(MJX_TASKS)} and {', '.join(ant_mazes)}, but not "
+            f"{task.name}; use the official environment, --env-backend host"
+        )
+    if jax.default_backend() == "cpu":
+        print(
+            "NOTICE: MJX is made for thousands of environments on a GPU; on a CPU the official "
+            "engine, --env-backend host, is many times faster",
+            file=sys.stderr,
+        )
+    if task.gym_id in MJX_TASKS:
+        return Mjx(task.gym_id)
+    return MjxAntMaze(task.gym_id, success_timing)
 
 
 # ==== end shared: mjx environments ====
@@ -2114,11 +2197,14 @@ def fill(args, **values):
 def make_jax_env(task, args):
     """The task's environment as pure functions, or None where only the official one exists."""
     maze = task.base.removeprefix("pointmaze-")
-    if task.base == "multi-crescent" and args.env_backend != "host":
+    built_in = args.env_backend in ("auto", "jax")
+    if task.base == "multi-crescent" and built_in:
         return MultiCrescent()
-    if task.base != maze and maze in MAZES and args.env_backend != "host":
+    if task.base != maze and maze in MAZES and built_in:
         return PointMaze(maze, task.index, args.success_timing)
-    if args.env_backend == "jax" or not task.gym_id:
+    if args.env_backend == "mjx" and task.gym_id and task.base == maze:
+        return make_mjx_env(task, args.success_timing)
+    if args.env_backend in ("jax", "mjx") or not task.gym_id:
         raise UserError(f"{task.name} has no {args.env_backend} environment; drop --env-backend")
     return None
 
