@@ -902,7 +902,6 @@ class MjxAntMaze(Mjx):
     def __init__(self, gym_id: str, success_timing: str):
         self.success_timing = success_timing
         super().__init__(gym_id)
-        self.observation_space = self.official.observation_space
         self.task |= dict(noise=0.1, normal=True)
         info = self.official.task_infos[self.official._reward_task_id - 1]
         self.start_xy, self.goal_xy = np.array(info["init_xy"]), np.array(info["goal_xy"])

@@ -1,0 +1,301 @@
+"""MJX environments against the official ones: same starts, same actions, in float64."""
+
+import ast
+import functools
+import hashlib
+import inspect
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ogbench  # noqa: F401  registers the ant mazes
+import pytest
+from mujoco.mjx._src import collision_convex, collision_driver, collision_primitive
+
+STEPS, STARTS = 10, 32
+MAZE = "antmaze-medium-singletask-task1-v0"
+LOCOMOTION = ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Ant-v5", "Humanoid-v5")
+ENDING = ("Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
+
+
+@functools.cache
+def official(gym_id):
+    options = dict(success_timing="post") if "maze" in gym_id else {}
+    return gymnasium.make(gym_id, **options).unwrapped
+
+
+def official_x(env):
+    """Where Gymnasium's reward says that the robot is."""
+    name = type(env).__name__
+    if name.startswith("Humanoid"):
+        return env.model.body_mass @ env.data.xipos[:, 0] / env.model.body_mass.sum()
+    return env.data.xpos[1, 0] if name.startswith("Ant") else env.data.qpos[0]
+
+
+def snapshot(gsflow, env, obs):
+    """What the official environment holds, as a state of ours."""
+    seen = env.model.nq + env.model.nv - (0 if "Maze" in type(env).__name__ else 2)
+    derived = obs[seen:] if env.model.jnt_type[0] == 0 else obs[:0]
+    data = env.data
+    state = (data.qpos, data.qvel, data.qacc_warmstart, official_x(env), derived, False)
+    return gsflow.MjxState(*[np.array(x) for x in state])
+
+
+def starts(gym_id, rng):
+    """Positions and velocities to begin with: half as a reset draws them, half wild."""
+    env = official(gym_id)
+    for k in range(STARTS):
+        env.reset(seed=k)
+        qpos, qvel = env.data.qpos.copy(), env.data.qvel.copy()
+        if "maze" in gym_id:  # thrown through a free cell
+            free = np.argwhere(env.maze_map == 0)
+            i, j = free[rng.integers(len(free))]
+            qpos[:2] = np.array([j, i]) * 4.0 - 4.0 + rng.uniform(-0.7, 0.7, 2)
+            angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(4, 7)
+            qvel[:2] = speed * np.array([np.cos(angle), np.sin(angle)])
+        if env.model.jnt_type[0] == 0:  # dropped, every other one tumbling
+            qpos[2] -= rng.uniform(0.1, 0.25)
+            qvel[2] = -rng.uniform(0, 4)
+            if k % 2:
+                qpos[3:7] = rng.normal(size=4)
+                qpos[3:7] /= np.linalg.norm(qpos[3:7])
+                qvel[3:6] = rng.normal(size=3)
+        elif k % 2:
+            qpos[1:3] += rng.uniform(-0.25, 0.25, 2)
+            qvel += rng.normal(size=qvel.shape)
+        yield qpos, qvel
+
+
+@functools.cache
+def rollouts(gsflow, gym_id):
+    """Official rollouts: states before, and actions, states, observations, ... of each step."""
+    env, rng = official(gym_id), np.random.default_rng(0)
+    high = env.action_space.high
+    episodes, reset_obs, contacts = [], [], []
+    for qpos, qvel in starts(gym_id, rng):
+        env.reset(seed=0)
+        env.set_state(qpos, qvel)
+        env.data.qacc_warmstart[:] = 0
+        obs = env.get_ob() if "maze" in gym_id else env._get_obs()
+        reset_obs.append(obs)
+        rows = []
+        for _ in range(STEPS):
+            action = rng.uniform(-1.2, 1.2, high.shape) * high  # MuJoCo clips what exceeds
+            before = snapshot(gsflow, env, obs)
+            obs, reward, terminated, _, _ = env.step(action)
+            rows.append((before, action, snapshot(gsflow, env, obs), obs, reward, terminated))
+            used = [c for c in env.data.contact[: env.data.ncon] if c.exclude == 0]
+            walls = [c for c in used if env.model.geom_type[list(c.geom)].max() == 6]
+            contacts.append((len(used), len(walls)))
+        episodes.append(jax.tree.map(lambda *x: np.stack(x), *rows))
+    columns = jax.tree.map(lambda *x: np.stack(x, axis=1), *episodes)  # (STEPS, STARTS, ...)
+    return columns, np.array(reset_obs), np.array(contacts)
+
+
+@functools.cache
+def make_env(gsflow, gym_id):
+    with jax.enable_x64(True):
+        if "maze" in gym_id:
+            return gsflow.MjxAntMaze(gym_id, "post")
+        return gsflow.Mjx(gym_id)
+
+
+@functools.cache
+def compare(gsflow, gym_id):
+    """Our steps from our own states (rolled) and from the official ones (single), in one program.
+
+    Returns two tuples of arrays (STEPS, STARTS, ...): positions, observation, reward, terminated.
+    """
+
+    def step(state, action):
+        new = env.transition(state, action)
+        out = new.qpos, env.observation(new), env.reward(state, action, new), env.terminal(new)
+        return new, out
+
+    (before, actions, *_), *_ = rollouts(gsflow, gym_id)
+    outs, env = [], make_env(gsflow, gym_id)
+    with jax.enable_x64(True):
+        start = jax.jit(jax.vmap(env.at))(before.qpos[0], before.qvel[0])
+        program, rolled = jax.jit(jax.vmap(step)), start
+        for k in range(STEPS):
+            single = jax.tree.map(lambda x, k=k: x[k], before)
+            states = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rolled, single)
+            new, out = program(states, np.concatenate([actions[k], actions[k]]))
+            rolled = jax.tree.map(lambda x: x[:STARTS], new)
+            outs.append(jax.device_get(out))
+        assert program._cache_size() == 1  # compiled once
+        start_obs = np.asarray(jax.vmap(env.observation)(start))
+    out = [np.stack(x) for x in zip(*outs, strict=True)]
+    assert out[0].dtype == np.float64
+    return start_obs, [x[:, :STARTS] for x in out], [x[:, STARTS:] for x in out]
+
+
+@pytest.mark.parametrize("gym_id", [*LOCOMOTION, MAZE])
+def test_steps_match_the_official_environment(gsflow, gym_id):
+    (_, _, after, obs, reward, terminated), reset_obs, contacts = rollouts(gsflow, gym_id)
+    start_obs, rolled, single = compare(gsflow, gym_id)
+    np.testing.assert_allclose(start_obs, reset_obs, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(rolled[0], after.qpos, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(single[0], after.qpos, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(single[1], obs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(single[2], reward, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(single[3], terminated)
+    touching = contacts.reshape(STARTS, STEPS, 2) > 0  # there was something to agree on
+    assert touching[..., 0].any(axis=1).mean() > 0.5
+    if gym_id in ENDING:
+        assert terminated.any() and not terminated.all()
+    if gym_id == MAZE:
+        assert touching[..., 1].any(axis=1).mean() > 0.3  # walls
+        assert contacts[:, 0].max() < gsflow.MjxAntMaze.max_active
+
+
+@pytest.mark.parametrize("gym_id", [*LOCOMOTION, "HumanoidStandup-v5", MAZE])
+def test_reset_distribution(gsflow, gym_id):
+    env, reference = make_env(gsflow, gym_id), official(gym_id)
+
+    def draw(key):
+        state = env.initial(key)
+        return state.qpos - reference.init_qpos, state.qvel
+
+    keys = jax.random.split(jax.random.key(0), 4000)
+    with jax.enable_x64(True):
+        ours = np.concatenate(jax.jit(jax.vmap(draw))(keys), axis=1)
+    theirs, nq = [], env.model.nq
+    np.random.seed(0)
+    for i in range(400):
+        reference.reset(seed=i)
+        data = reference.data
+        theirs.append(np.concatenate([data.qpos - reference.init_qpos, data.qvel]))
+    theirs = np.array(theirs)
+    for part in (slice(0, 2), slice(2, nq), slice(nq, None)):  # x and y: wider noise in a maze
+        a, b = ours[:, part], theirs[:, part]
+        rms = np.sqrt((b**2).mean())
+        count = b.size  # the smaller sample; its standard errors, four of them
+        assert np.abs(a.mean(axis=0)).max() < 5 * rms / np.sqrt(len(a))
+        assert abs(np.sqrt((a**2).mean()) / rms - 1) < 4 / np.sqrt(2 * count)
+        assert (np.abs(a).max() > 2 * rms) == (np.abs(b).max() > 2 * rms)  # Gaussian or uniform
+    assert len(np.unique(ours[:, -1])) == 4000
+
+
+def test_spaces_and_limits(gsflow):
+    for gym_id in ("Hopper-v5", MAZE):
+        env, reference = make_env(gsflow, gym_id), official(gym_id)
+        assert env.action_space == reference.action_space
+        assert env.observation_space == reference.observation_space
+        assert env.max_episode_steps == gymnasium.spec(gym_id).max_episode_steps == 1000
+
+
+def test_restart_keeps_the_final_observation(gsflow):
+    """In float32, as in training: two time limits in a row, one compiled program."""
+    env = gsflow.Mjx("Hopper-v5")
+    env.max_episode_steps = 3
+    step = jax.jit(lambda s, a, key: gsflow.step_envs(env, s, a, key))
+    state = gsflow.reset_envs(env, jax.random.key(0), 4)
+    near = jnp.asarray([*env.init_qpos[1:], *np.zeros(6)], jnp.float32)
+    for k in range(1, 7):
+        state, out = step(state, jnp.ones((4, 3)), jax.random.key(k))
+        truncated = k % 3 == 0
+        assert out["reward"].dtype == out["next_obs"].dtype == jnp.float32
+        assert (out["truncated"] == truncated).all() and not out["terminated"].any()
+        assert np.abs(out["next_obs"] - near).max(axis=1).min() > 0.1  # it has moved
+        now = gsflow.observe(env, state)
+        if truncated:
+            assert np.abs(now - near).max() <= 5e-3 and (state[1] == 0).all()
+        else:
+            np.testing.assert_array_equal(now, out["next_obs"])
+    assert step._cache_size() == 1
+
+
+# ---- ant mazes ----
+
+
+@pytest.mark.parametrize("timing", ("post", "pre"))
+def test_maze_rewards_reaching_the_goal(gsflow, timing):
+    """The state before the step is judged, or the one after it; no physics needed to see that."""
+    env = gsflow.MjxAntMaze(MAZE, timing)
+    state = jax.jit(env.at)(jnp.asarray(env.init_qpos, jnp.float32), jnp.zeros(14))
+    moved = state._replace(qpos=state.qpos.at[:2].set(env.goal_xy + np.array([0.3, 0.39])))
+    env.simulate = lambda state, action: moved
+    new = env.transition(state, jnp.zeros(8))
+    reached = timing == "post"
+    assert bool(env.success(new)) == bool(env.terminal(new)) == reached
+    assert float(env.reward(state, jnp.zeros(8), new)) == reached - 1
+    assert bool(env.success(env.transition(new, jnp.zeros(8))))
+    info = official(MAZE).task_infos[0]
+    np.testing.assert_array_equal(env.goal_xy, info["goal_xy"])
+    np.testing.assert_array_equal(env.start_xy, info["init_xy"])
+    assert official(MAZE)._goal_tol == 0.5
+
+
+def test_tiles_stand_where_the_walls_are(gsflow):
+    env, reference = make_env(gsflow, MAZE), official(MAZE)
+    model, rng = reference.model, np.random.default_rng(0)
+    boxes = model.geom_pos[model.geom_type == 6]
+    half = model.geom_size[model.geom_type == 6][0]
+    np.testing.assert_array_equal(np.asarray(env.model.geom_size)[env.tiles], [half] * 4)
+    free = np.argwhere(reference.maze_map == 0)
+    for i, j in free:
+        xy = np.array([j, i]) * 4.0 - 4.0 + rng.uniform(-2, 2, 2)
+        with jax.enable_x64(True):
+            tiles = np.asarray(env.model_at(jnp.asarray([*xy, 0.5])).geom_pos)[env.tiles]
+        near = boxes[(np.abs(boxes[:, :2] - xy) < 2 + 1.99).all(axis=1)]
+        there = tiles[tiles[:, 2] > 0]
+        assert {tuple(p) for p in near} == {tuple(p) for p in there}
+
+
+# ---- MJX itself ----
+
+MENDED = {  # what `import_mjx` corrects; when this fails, look whether it still has to
+    (collision_primitive, "plane_capsule"): "1903f5e8cb7148cb",
+    (collision_convex, "_capsule_convex"): "8bd9bc8869e60696",
+    (collision_convex, "_sphere_convex"): "eed2f687830e8f74",
+}
+
+
+@pytest.mark.parametrize("module, name", MENDED, ids=lambda x: x if isinstance(x, str) else "")
+def test_what_is_mended_has_not_changed(module, name):
+    source = inspect.getsource(module)
+    functions = [f for f in ast.parse(source).body if getattr(f, "name", "") == name]
+    text = ast.get_source_segment(source, functions[0])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == MENDED[module, name]
+
+
+def test_mending_happens_once(gsflow):
+    mjx = gsflow.import_mjx()
+    before = dict(collision_driver._COLLISION_FUNC)
+    assert gsflow.import_mjx() is mjx
+    assert before == collision_driver._COLLISION_FUNC
+
+
+# ---- the flag ----
+
+
+@pytest.mark.parametrize(
+    "name",
+    ("cube-single", "scene", "puzzle-3x3", "humanoidmaze-medium", "antsoccer-arena")
+    + ("antmaze-teleport",),
+)
+def test_what_mjx_cannot_simulate_is_refused(gsflow, name):
+    args = gsflow.Args(env_id=name, env_backend="mjx")
+    with pytest.raises(gsflow.UserError, match="--env-backend host") as error:
+        gsflow.make_jax_env(gsflow.parse_task(name), args)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ("pointmaze-medium", "multi-crescent"))
+def test_what_has_its_own_environment_needs_no_mjx(gsflow, name):
+    args = gsflow.Args(env_id=name, env_backend="mjx")
+    with pytest.raises(gsflow.UserError, match="drop --env-backend"):
+        gsflow.make_jax_env(gsflow.parse_task(name, gsflow.OTHER_TASKS), args)
+
+
+def test_warns_on_a_cpu(gsflow, capsys):
+    args = gsflow.Args(env_id="antmaze-large-task3", env_backend="mjx", success_timing="pre")
+    env = gsflow.make_jax_env(gsflow.parse_task(args.env_id), args)
+    err = capsys.readouterr().err
+    assert ("--env-backend host" in err) == (jax.default_backend() == "cpu")
+    assert err.count("\n") <= 1 and env.success_timing == "pre"
+    assert (
+        env.goal_xy == official("antmaze-large-singletask-task3-v0").task_infos[2]["goal_xy"]
+    ).all()
