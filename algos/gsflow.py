@@ -686,11 +686,132 @@ def evaluate_host(envs, act, seeds, step, num_episodes):
 # ==== end shared: vector environments ====
 
 
-# ==== shared: mjx environments ====
-# What Gymnasium's v5 locomotion tasks pay, when they end and how they start: `forward` times the
-# velocity along x, `lift` times the height, `alive` while healthy, minus `control` * |a|^2 and
-# `contact` * |contact forces|^2. Healthy: height and pitch (planar robots) in their ranges, every
-# other coordinate below `limit`. Starts: uniform noise, on velocities Gaussian where `normal`.
+# ==== shared: mjx physics ====
+def import_mjx():
+    """MJX, MuJoCo's engine in JAX, with one collider replaced by what MuJoCo's own does: MJX aligns
+    the tangents of a capsule's contact with a plane only beyond 30 degrees off the normal."""
+    with contextlib.redirect_stdout(None):  # it says that it has no warp
+        from mujoco import mjx
+        from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
+        from mujoco.mjx._src.collision_primitive import collider
+        from mujoco.mjx._src.types import GeomType
+
+    @collider(ncon=2)
+    def plane_capsule(plane, cap):
+        normal, axis = plane.mat[:, 2], cap.mat[:, 2]
+        tangent = axis - normal * (normal @ axis)
+        norm = jnp.linalg.norm(tangent)
+        tangent = tangent / jnp.maximum(norm, 1e-6)
+        frame = jnp.stack([normal, tangent, jnp.cross(normal, tangent)])
+        frame = jnp.where(norm > 1e-6, frame, mjx._src.math.make_frame(normal))
+        ends = cap.pos + jnp.stack([axis, -axis]) * cap.size[1]
+        dist = (ends - plane.pos) @ normal - cap.size[0]
+        return dist, ends - (cap.size[0] + dist / 2)[:, None] * normal, jnp.stack([frame, frame])
+
+    _COLLISION_FUNC[GeomType.PLANE, GeomType.CAPSULE] = plane_capsule
+    return mjx
+
+
+class MjxState(NamedTuple):
+    qpos: jax.Array
+    qvel: jax.Array
+    qacc: jax.Array  # of the last evaluation; the constraint solver starts from it
+    x: jax.Array  # position along x by which a locomotion task pays
+    derived: jax.Array  # inertias, velocities and forces that it observes, of the last evaluation
+    success: jax.Array  # did the last transition reach the goal? (mazes)
+
+
+class Mjx(FuncEnv):
+    """A MuJoCo environment in MJX: the official model; the rest is its subclasses'.
+
+    What MuJoCo derives from positions (body positions, contact forces, ...) is, after a step, that
+    of the last evaluation within the last Runge-Kutta step, and so it is here: `derive` reads it.
+    """
+
+    noise, gaussian = 0.1, True  # of the start: uniform on positions; on velocities perhaps normal
+
+    def __init__(self, gym_id: str):
+        super().__init__()
+        self.mjx = import_mjx()
+        self.official = make_host_env(gym_id).unwrapped
+        self.max_episode_steps = gymnasium.spec(gym_id).max_episode_steps
+        self.observation_space = self.official.observation_space
+        self.action_space = self.official.action_space
+        self.init_qpos, self.dt = self.official.init_qpos, self.official.dt
+        model = self.make_model()
+        # MJX lacks the iterative solver that Humanoid's model asks for, and runs line searches to
+        # their limit, 50 by default, though a few iterations find the minimum.
+        model.opt.solver, model.opt.ls_iterations = 2, 10  # Newton's method
+        self.model = self.mjx.put_model(model)
+        self.data = self.mjx.make_data(self.model)
+
+    def make_model(self):
+        return copy.copy(self.official.model)
+
+    def model_at(self, qpos):
+        """The model when the robot is there."""
+        return self.model
+
+    def derive(self, data):
+        """`x` and `derived` of a state."""
+        return data.qpos[0], jnp.zeros(0)
+
+    def simulate(self, state, action):
+        """The steps of MuJoCo in one of the environment, by the model's integrator: semi-implicit
+        Euler (HalfCheetah), or Runge-Kutta as a loop over its four evaluations, compiled once."""
+        mjx, h = self.mjx, self.model.opt.timestep
+        integrate = functools.partial(mjx._src.forward._integrate_pos, self.model.jnt_type)
+        tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
+
+        def step(_, state):
+            model, data = self.model_at(state.qpos), self.data.replace(ctrl=action)
+            if model.opt.integrator == 0:
+                start = dict(qpos=state.qpos, qvel=state.qvel, qacc_warmstart=state.qacc)
+                new = mjx.step(model, data.replace(**start))
+                return state._replace(qpos=new.qpos, qvel=new.qvel, qacc=new.qacc)
+
+            def evaluate(carry, ab):
+                qvel, qacc, mean_qvel, mean_qacc, _ = carry
+                qpos = integrate(state.qpos, qvel, ab[0] * h)
+                qvel = state.qvel + ab[0] * h * qacc
+                new = mjx.forward(model, data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=qacc))
+                means = mean_qvel + ab[1] * qvel, mean_qacc + ab[1] * new.qacc
+                new = mjx.rne_postconstraint(model, new)  # contact forces on bodies, if observed
+                return (qvel, new.qacc, *means, self.derive(new)), None
+
+            zeros = jnp.zeros_like(state.qvel)
+            carry = (state.qvel, state.qacc, zeros, zeros, (state.x, state.derived))
+            (_, qacc, qvel, mean_qacc, (x, derived)), _ = jax.lax.scan(evaluate, carry, tableau)
+            qpos, qvel = integrate(state.qpos, qvel, h), state.qvel + h * mean_qacc
+            return state._replace(qpos=qpos, qvel=qvel, qacc=qacc, x=x, derived=derived)
+
+        return jax.lax.fori_loop(0, self.official.frame_skip, step, state)
+
+    def at(self, qpos, qvel):
+        """State after a reset to these positions and velocities."""
+        data = self.data.replace(qpos=qpos, qvel=qvel)
+        for part in (self.mjx.kinematics, self.mjx.com_pos, self.mjx.com_vel):
+            data = part(self.model, data)
+        return MjxState(qpos, qvel, jnp.zeros_like(qvel), *self.derive(data), jnp.asarray(False))
+
+    def initial(self, rng: Any, params: Any = None) -> MjxState:
+        keys, shapes = jax.random.split(rng), (self.init_qpos.shape, (self.model.nv,))
+        qpos = jax.random.uniform(keys[0], shapes[0], minval=-1)
+        draw = jax.random.normal if self.gaussian else jax.random.uniform
+        qvel = draw(keys[1], shapes[1]) if self.gaussian else draw(keys[1], shapes[1], minval=-1)
+        return self.at(self.init_qpos + self.noise * qpos, self.noise * qvel)
+
+    def transition(self, state, action, rng=None, params=None) -> MjxState:
+        return self.simulate(state, action)
+
+
+# ==== end shared: mjx physics ====
+
+
+# ==== shared: mjx locomotion ====
+# What Gymnasium's v5 locomotion tasks pay and when they end: `forward` times the velocity along x,
+# `lift` times the height, `alive` while healthy, minus `control` * |a|^2 and `contact` * |contact
+# forces|^2. Healthy: height and pitch in their ranges, every other coordinate below `limit`.
 MJX_TASKS = {
     "Hopper-v5": dict(
         alive=1.0, control=1e-3, height=(0.7, np.inf), pitch=(-0.2, 0.2), limit=100.0,
@@ -700,199 +821,187 @@ MJX_TASKS = {
         alive=1.0, control=1e-3, height=(0.8, 2.0), pitch=(-1.0, 1.0), clip_velocity=10.0,
         noise=5e-3,
     ),
-    "HalfCheetah-v5": dict(control=0.1, noise=0.1, normal=True, ends=False),
+    "HalfCheetah-v5": dict(control=0.1, ends=False, noise=0.1, gaussian=True),
     "Ant-v5": dict(
         alive=1.0, control=0.5, contact=5e-4, height=(0.2, 1.0), clip_force=1.0, noise=0.1,
-        normal=True,
+        gaussian=True,
     ),
     "Humanoid-v5": dict(
         forward=1.25, alive=5.0, control=0.1, contact=5e-7, height=(1.0, 2.0), noise=1e-2,
     ),
     "HumanoidStandup-v5": dict(
-        forward=0.0, lift=1 / 0.003, alive=1.0, control=0.1, contact=5e-7, noise=1e-2, ends=False,
+        forward=0.0, lift=1 / 0.003, alive=1.0, control=0.1, contact=5e-7, ends=False, noise=1e-2,
     ),
 }  # fmt: skip
-MJX_ANY = (-np.inf, np.inf)
-MJX_DEFAULTS = dict(
-    forward=1.0, lift=0.0, alive=0.0, contact=0.0, height=MJX_ANY, pitch=MJX_ANY, limit=np.inf,
-    clip_velocity=np.inf, clip_force=np.inf, normal=False, ends=True,
-)  # fmt: skip
 
 
-def import_mjx():
-    """MuJoCo's engine in JAX, three of its colliders replaced by ones that do what MuJoCo's do.
+class MjxLocomotion(Mjx):
+    """Gymnasium's Hopper, Walker2d, HalfCheetah, Ant, Humanoid and HumanoidStandup (v5)."""
 
-    Plane and capsule: MJX aligns the contact's tangents with the capsule only when it is more than
-    30 degrees off the normal. Sphere or capsule and box: MJX drops contacts that are still apart
-    but within the margin; here the first geom grows by the margin, and the contact is moved back.
-    """
-    with contextlib.redirect_stdout(None):  # it says that it has no warp
-        from mujoco import mjx
-        from mujoco.mjx._src import collision_driver
-        from mujoco.mjx._src.types import GeomType
-
-    table = collision_driver._COLLISION_FUNC
-    plane_capsule = table[GeomType.PLANE, GeomType.CAPSULE]
-    if hasattr(plane_capsule, "mended"):
-        return mjx
-
-    def aligned(m, d, key, geom):
-        dist, pos, frame = plane_capsule(m, d, key, geom)
-        normal, axis = (d.geom_xmat[geom[:, i], :, 2] for i in (0, 1))
-        tangent = axis - normal * (normal * axis).sum(1, keepdims=True)
-        norm = jnp.linalg.norm(tangent, axis=1, keepdims=True)
-        tangent = tangent / jnp.maximum(norm, 1e-6)
-        new = jnp.stack([normal, tangent, jnp.cross(normal, tangent)], axis=1)
-        new = jnp.where(norm[..., None] > 1e-6, new, frame[::2])
-        return dist, pos, jnp.repeat(new, 2, axis=0)
-
-    def within_margin(collide):
-        def mended(m, d, key, geom):
-            margin = m.geom_margin[geom].sum(axis=1)
-            size = m.geom_size.at[geom[:, 0], 0].set(m.geom_size[geom[:, 0], 0] + margin)
-            dist, pos, frame = collide(m.replace(geom_size=size), d, key, geom)
-            margin = jnp.repeat(margin, collide.ncon)
-            return dist + margin, pos - frame[:, 0] * margin[:, None] / 2, frame
-
-        mended.ncon = collide.ncon
-        return mended
-
-    aligned.ncon, aligned.mended = plane_capsule.ncon, True
-    table[GeomType.PLANE, GeomType.CAPSULE] = aligned
-    for round_geom in (GeomType.SPHERE, GeomType.CAPSULE):
-        table[round_geom, GeomType.BOX] = within_margin(table[round_geom, GeomType.BOX])
-    return mjx
-
-
-class MjxState(NamedTuple):
-    qpos: jax.Array
-    qvel: jax.Array
-    qacc: jax.Array  # of the last evaluation; the constraint solver starts from it
-    x: jax.Array  # position along x by which the task pays
-    derived: jax.Array  # observed inertias, velocities and forces, of the last evaluation
-    success: jax.Array  # did the last transition reach the goal? (mazes)
-
-
-class Mjx(FuncEnv):
-    """Gymnasium's locomotion tasks in MJX, MuJoCo's engine in JAX: the official model, batched.
-
-    What MuJoCo derives from positions (body positions, contact forces, ...) is, after a step, that
-    of the last evaluation within the last Runge-Kutta step; Ant's and Humanoid's velocities,
-    observations and contact costs use it, so it is kept here too.
-    """
+    forward, lift, alive, contact, ends, gaussian = 1.0, 0.0, 0.0, 0.0, True, False
+    height, pitch, limit = (-np.inf, np.inf), (-np.inf, np.inf), np.inf
+    clip_velocity = clip_force = np.inf
 
     def __init__(self, gym_id: str):
-        super().__init__()
-        self.mjx = import_mjx()
-        self.official = make_host_env(gym_id).unwrapped  # OGBench's with any success timing
-        self.max_episode_steps = gymnasium.spec(gym_id).max_episode_steps
-        self.observation_space = self.official.observation_space
-        self.action_space = self.official.action_space
-        self.task = MJX_DEFAULTS | MJX_TASKS.get(gym_id, {})
-        self.frame_skip, self.dt = self.official.frame_skip, self.official.dt
-        self.humanoid, self.ant = gym_id.startswith("Humanoid"), gym_id.startswith("Ant")
-        model = self.make_model()
-        # The official iterative solver (Humanoid) does not exist in MJX; both find one solution.
-        # MJX runs all line-search iterations even when fewer do, and they nearly always do.
-        model.opt.solver, model.opt.ls_iterations = 2, 10  # Newton
-        self.free = model.jnt_type[0] == 0  # the robot floats: the planar ones are on rails
-        self.model = self.mjx.put_model(model)
-        self.data = self.mjx.make_data(self.model)
-        self.init_qpos, self.mass = self.official.init_qpos, model.body_mass / model.body_mass.sum()
-
-    def make_model(self):
-        return copy.copy(self.official.model)
-
-    def model_at(self, qpos):
-        return self.model
+        self.robot = gym_id.removesuffix("-v5")
+        for name, value in MJX_TASKS[gym_id].items():
+            setattr(self, name, value)
+        super().__init__(gym_id)
+        self.planar = self.robot in ("Hopper", "Walker2d", "HalfCheetah")
 
     def derive(self, data):
-        """What the task sees of MuJoCo's derived quantities: position along x, and `derived`."""
-        force = jnp.clip(data.cfrc_ext[1:], -self.task["clip_force"], self.task["clip_force"])
-        if self.ant:
-            return data.xpos[1, 0], force.ravel()
-        if self.humanoid:
-            inertia, velocity = data._impl.cinert[1:], data.cvel[1:]
-            parts = (inertia.ravel(), velocity.ravel(), data.qfrc_actuator[6:], force.ravel())
-            return jnp.asarray(self.mass) @ data.xipos[:, 0], jnp.concatenate(parts)
-        return data.qpos[0], jnp.zeros(0)
-
-    def simulate(self, state, action):
-        """`frame_skip` steps of the model's integrator: semi-implicit Euler (HalfCheetah), or the
-        classical Runge-Kutta method as a loop over its four evaluations, compiled once."""
-        mjx, h = self.mjx, self.model.opt.timestep
-        integrate = functools.partial(mjx._src.forward._integrate_pos, self.model.jnt_type)
-        tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
-
-        def step(_, state):
-            model = self.model_at(state.qpos)
-            data = self.data.replace(ctrl=action)
-            if model.opt.integrator == 0:
-                start = dict(qpos=state.qpos, qvel=state.qvel, qacc_warmstart=state.qacc)
-                new = mjx.step(model, data.replace(**start))
-                return state._replace(qpos=new.qpos, qvel=new.qvel, qacc=new.qacc, x=new.qpos[0])
-
-            def stage(carry, ab):
-                qvel, qacc, mean_qvel, mean_qacc, _ = carry
-                qpos = integrate(state.qpos, qvel, ab[0] * h)
-                qvel = state.qvel + ab[0] * h * qacc
-                new = mjx.forward(model, data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=qacc))
-                if self.ant or self.humanoid:
-                    new = mjx.rne_postconstraint(model, new)
-                means = mean_qvel + ab[1] * qvel, mean_qacc + ab[1] * new.qacc
-                return (qvel, new.qacc, *means, self.derive(new)), None
-
-            zeros = jnp.zeros_like(state.qvel)
-            carry = (state.qvel, state.qacc, zeros, zeros, (state.x, state.derived))
-            (_, qacc, qvel, mean_qacc, (x, derived)), _ = jax.lax.scan(stage, carry, tableau)
-            qpos = integrate(state.qpos, qvel, h)
-            x = x if self.free else qpos[0]
-            return state._replace(
-                qpos=qpos, qvel=state.qvel + h * mean_qacc, qacc=qacc, x=x, derived=derived
-            )
-
-        return jax.lax.fori_loop(0, self.frame_skip, step, state)
-
-    def at(self, qpos, qvel):
-        """State that a reset to these positions and velocities makes."""
-        data = self.data.replace(qpos=qpos, qvel=qvel)
-        for part in (self.mjx.kinematics, self.mjx.com_pos, self.mjx.com_vel):
-            data = part(self.model, data)
-        return MjxState(qpos, qvel, jnp.zeros_like(qvel), *self.derive(data), jnp.asarray(False))
-
-    def initial(self, rng: Any, params: Any = None) -> MjxState:
-        qpos_key, qvel_key = jax.random.split(rng)
-        noise, draw = self.task["noise"], lambda *args: jax.random.uniform(*args, minval=-1)
-        qpos = jnp.asarray(self.init_qpos) + noise * draw(qpos_key, (self.model.nq,))
-        draw = jax.random.normal if self.task["normal"] else draw
-        qvel = noise * draw(qvel_key, (self.model.nv,))
-        return self.at(qpos, qvel)
+        force = jnp.clip(data.cfrc_ext[1:], -self.clip_force, self.clip_force).ravel()
+        if self.robot == "Ant":
+            return data.xpos[1, 0], force
+        if self.robot.startswith("Humanoid"):
+            mass = self.model.body_mass / self.model.body_mass.sum()
+            inertia, velocity = data._impl.cinert[1:].ravel(), data.cvel[1:].ravel()
+            derived = jnp.concatenate([inertia, velocity, data.qfrc_actuator[6:], force])
+            return mass @ data.xipos[:, 0], derived
+        return super().derive(data)
 
     def transition(self, state, action, rng=None, params=None) -> MjxState:
-        return self.simulate(state, action)
+        new = self.simulate(state, action)
+        return new._replace(x=new.qpos[0]) if self.planar else new  # here nothing lags behind
 
     def observation(self, state, rng=None, params=None):
-        limit = self.task["clip_velocity"]
-        qpos, qvel = state.qpos[2 if self.free else 1 :], jnp.clip(state.qvel, -limit, limit)
-        return jnp.concatenate([qpos, qvel, state.derived])
+        qvel = jnp.clip(state.qvel, -self.clip_velocity, self.clip_velocity)
+        return jnp.concatenate([state.qpos[1 if self.planar else 2 :], qvel, state.derived])
 
     def healthy(self, state):
-        height, pitch = (state.qpos[2], 0.0) if self.free else (state.qpos[1], state.qpos[2])
+        height, pitch = state.qpos[1:3] if self.planar else (state.qpos[2], 0.0)
+        upright = (self.height[0] < height) & (height < self.height[1])
+        upright &= (self.pitch[0] < pitch) & (pitch < self.pitch[1])
         others = jnp.concatenate([state.qpos[2:], state.qvel])
-        (low, high), (left, right) = self.task["height"], self.task["pitch"]
-        upright = (low < height) & (height < high) & (left < pitch) & (pitch < right)
-        return upright & (jnp.abs(others) < self.task["limit"]).all()
+        return upright & (jnp.abs(others) < self.limit).all()
 
     def reward(self, state, action, next_state, rng=None, params=None):
-        t = self.task
         force = next_state.derived[-(self.model.nbody - 1) * 6 :]
-        costs = t["control"] * (action**2).sum()
-        costs += jnp.minimum(t["contact"] * (force**2).sum(), 10.0)
-        earned = t["forward"] * (next_state.x - state.x) / self.dt + t["lift"] * next_state.qpos[2]
-        return earned + t["alive"] * self.healthy(next_state) - costs
+        costs = self.control * (action**2).sum()
+        costs += jnp.minimum(self.contact * (force**2).sum(), 10.0)
+        earned = self.forward * (next_state.x - state.x) / self.dt + self.lift * next_state.qpos[2]
+        return earned + self.alive * (self.healthy(next_state) | (not self.ends)) - costs
 
     def terminal(self, state, rng=None, params=None):
-        return ~self.healthy(state) & self.task["ends"]
+        return ~self.healthy(state) & self.ends
+
+
+# ==== end shared: mjx locomotion ====
+
+
+# ==== shared: mjx ant mazes ====
+EDGES = [(j, *corner) for j in range(3) for corner in ((-1, -1), (1, -1), (-1, 1), (1, 1))]
+EDGE_AXIS = np.eye(3)[[e[0] for e in EDGES]]  # the axis along which each edge of a box runs
+EDGE_SIDE = np.array([np.insert(e[1:], e[0], 0) for e in EDGES])  # and where it lies on the others
+
+
+def sphere_box(centre, radius, size):
+    """Distance, position and normal (towards the box) of a contact, all in the box's frame."""
+    gap = jnp.clip(centre, -size, size) - centre
+    dist = jnp.linalg.norm(gap)
+    depths = jnp.concatenate([size + centre, size - centre])  # below the faces, where inside
+    inward = jnp.asarray(np.concatenate([np.eye(3), -np.eye(3)]))[depths.argmin()]
+    normal = jnp.where(dist > 1e-15, gap / jnp.maximum(dist, 1e-15), inward)
+    dist = jnp.where(dist > 1e-15, dist, -depths.min())
+    return dist - radius, centre + normal * (radius + dist) / 2, normal
+
+
+def capsule_box(centre, half, size):
+    """Where on a capsule's segment centre + t * half, |t| <= 1, MuJoCo puts its two contacts with a
+    box, in the box's frame -> (t of the first, step to the second, whether there is a second).
+
+    The first is the point nearest to the box's surface: an end over a face, or the point nearest to
+    an edge. The second lies as far along the segment as it runs along the face or edge.
+    """
+    ends = centre + jnp.array([[-1.0], [1.0]]) * half
+    outside = jnp.abs(ends) > size
+    face_dist = (jnp.maximum(jnp.abs(ends) - size, 0) ** 2).sum(1)
+    face_dist = jnp.where(outside.sum(1) <= 1, face_dist, jnp.inf)
+    end = face_dist.argmin()
+
+    # the point on each edge (box_t) and on the segment (t) where the two are nearest, both clipped
+    length, along = EDGE_AXIS @ size, EDGE_AXIS @ half
+    gap = EDGE_SIDE * size - centre
+    aa, ab, bb = length**2, -length * along, half @ half
+    u, v = length * (EDGE_AXIS @ centre), gap @ half
+    det = aa * bb - ab**2
+    parallel = jnp.abs(det) < 1e-15
+    det = jnp.where(parallel, 1, det)
+    box_t, t = (bb * u - ab * v) / det, (aa * v - ab * u) / det
+    corner, upper = jnp.abs(box_t) > 1, box_t > 1
+    t = jnp.where(corner, (v - ab * jnp.sign(box_t)) / bb, t)
+    again, box_t = jnp.abs(t) > 1, jnp.clip(box_t, -1, 1)
+    t = jnp.clip(t, -1, 1)
+    box_t = jnp.where(again, (u - ab * t) / aa, box_t)
+    beyond = again & (jnp.abs(box_t) > 1)
+    corner, upper = corner | beyond, jnp.where(beyond, box_t > 1, upper)
+    box_t = jnp.clip(box_t, -1, 1)
+    apart = gap - t[:, None] * half + EDGE_AXIS * (length * box_t)[:, None]
+    edge_dist = jnp.where(parallel, jnp.inf, (apart**2).sum(1))
+    k = edge_dist.argmin()
+    on_face = face_dist[end] - 1e-15 <= edge_dist[k]
+
+    # from an end over a face: towards the other end, until the segment leaves the face
+    sign = 1 - 2 * end
+    exits = jnp.stack([size - ends[end], -size - ends[end]]) / (sign * half)
+    exits = jnp.where((exits > 0) & ~outside[end], exits, jnp.inf)
+    face_second = sign * jnp.minimum(exits.min(), 2)
+
+    # from a corner: `odd` is the axis on which the segment runs otherwise than on the other two
+    t, box_t, edge = t[k], box_t[k], jnp.asarray(EDGE_AXIS)[k] > 0
+    side = jnp.where(edge, upper[k], jnp.asarray(EDGE_SIDE)[k] > 0)
+    away = (half > 0) != side
+    across = 2 * size / jnp.abs(half)
+    sign = jnp.where(away.sum() == 1, 1, -1)
+    odd = away == (sign > 0)
+    along_edge = jnp.minimum(1 - sign * t, jnp.where(odd, across, jnp.inf).min())
+    along_face = jnp.minimum(1 + sign * t, jnp.where(odd, jnp.inf, across).min())
+    is_along_edge = 2 * jnp.where(odd, half**2, 0).sum() > bb
+    corner_second = sign * jnp.where(is_along_edge, along_edge, -along_face)
+    corner_has = (away.sum() > 0) & (away.sum() < 3)
+
+    # from inside an edge: over the face with which the segment makes the smaller angle
+    over = jnp.where(edge, -1, jnp.abs(half)).argmax()
+    sign = jnp.where(away[over], 1, -1)
+    rest = 1 - box_t * jnp.where((jnp.where(edge, half, 0).sum() > 0) == away[over], 1, -1)
+    rest = rest / 2 * jnp.where(edge, across, 0).sum()
+    edge_second = sign * jnp.minimum(jnp.minimum(1 - sign * t, across[over]), rest)
+    edge_has = (away & ~edge).sum() == 1
+
+    second = jnp.where(corner[k], corner_second, edge_second)
+    has_second = jnp.where(corner[k], corner_has, edge_has)
+    t = jnp.where(on_face, -1 + 2 * end, t)
+    second = jnp.where(on_face, face_second, second)
+    return t, second, jnp.where(on_face, outside[end].any(), has_second)
+
+
+def import_box_colliders():
+    """Replace MJX's contacts of spheres and capsules with boxes by MuJoCo's: MJX drops those that
+    are apart but within the margin, and has others where a capsule meets an edge of the box."""
+    from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
+    from mujoco.mjx._src.collision_primitive import collider
+    from mujoco.mjx._src.math import make_frame
+    from mujoco.mjx._src.types import GeomType
+
+    def contacts(points, radius, box):
+        dist, pos, normal = jax.vmap(lambda p: sphere_box(p, radius, box.size))(points)
+        return dist, box.pos + pos @ box.mat.T, jax.vmap(make_frame)(normal @ box.mat.T)
+
+    @collider(ncon=1)
+    def sphere(ball, box):
+        centre = box.mat.T @ (ball.pos - box.pos)
+        return jax.tree.map(lambda x: x[0], contacts(centre[None], ball.size[0], box))
+
+    @collider(ncon=2)
+    def capsule(cap, box):
+        centre, half = box.mat.T @ (cap.pos - box.pos), box.mat.T @ cap.mat[:, 2] * cap.size[1]
+        t, step, second = capsule_box(centre, half, box.size)
+        points = centre + jnp.stack([t, t + jnp.where(second, step, 0)])[:, None] * half
+        dist, pos, frame = contacts(points, cap.size[0], box)
+        return dist.at[1].set(jnp.where(second, dist[1], 1.0)), pos, frame
+
+    _COLLISION_FUNC[GeomType.SPHERE, GeomType.BOX] = sphere
+    _COLLISION_FUNC[GeomType.CAPSULE, GeomType.BOX] = capsule
 
 
 class MjxAntMaze(Mjx):
@@ -905,9 +1014,9 @@ class MjxAntMaze(Mjx):
     max_active = 20  # contacts, the deepest ones: nine at once is the most that was ever seen
 
     def __init__(self, gym_id: str, success_timing: str):
-        self.success_timing = success_timing
         super().__init__(gym_id)
-        self.task |= dict(noise=0.1, normal=True)
+        import_box_colliders()
+        self.success_timing = success_timing
         info = self.official.task_infos[self.official._reward_task_id - 1]
         self.start_xy, self.goal_xy = np.array(info["init_xy"]), np.array(info["goal_xy"])
 
@@ -959,26 +1068,7 @@ class MjxAntMaze(Mjx):
         return state.success
 
 
-def make_mjx_env(task, success_timing):
-    """The task in MJX; refuses those that MJX cannot simulate."""
-    ant_mazes = ("antmaze-medium", "antmaze-large", "antmaze-giant")
-    if task.gym_id not in MJX_TASKS and task.base not in ant_mazes:
-        raise UserError(
-            f"--env-backend mjx has {', '.join(MJX_TASKS)} and {', '.join(ant_mazes)}, but not "
-            f"{task.name}; use the official environment, --env-backend host"
-        )
-    if jax.default_backend() == "cpu":
-        print(
-            "NOTICE: MJX is made for thousands of environments on a GPU; on a CPU the official "
-            "engine, --env-backend host, is many times faster",
-            file=sys.stderr,
-        )
-    if task.gym_id in MJX_TASKS:
-        return Mjx(task.gym_id)
-    return MjxAntMaze(task.gym_id, success_timing)
-
-
-# ==== end shared: mjx environments ====
+# ==== end shared: mjx ant mazes ====
 
 
 # ==== shared: data ====
@@ -2196,6 +2286,23 @@ def fill(args, **values):
     """Set those of `values` that no flag has set; env_id always."""
     unset = {k: v for k, v in values.items() if getattr(args, k) is None or k == "env_id"}
     return dataclasses.replace(args, **unset)
+
+
+def make_mjx_env(task, success_timing):
+    """The ant maze in MJX; refuses what MJX cannot simulate."""
+    mazes = ("antmaze-medium", "antmaze-large", "antmaze-giant")
+    if task.base not in mazes:
+        raise UserError(
+            f"--env-backend mjx is for {', '.join(mazes)}, not for {task.name}; use the official "
+            f"environment, --env-backend host"
+        )
+    if jax.default_backend() == "cpu":
+        print(
+            "NOTICE: --env-backend mjx is made for a GPU; on a CPU the official engine, "
+            "--env-backend host, is many times faster",
+            file=sys.stderr,
+        )
+    return MjxAntMaze(task.gym_id, success_timing)
 
 
 def make_jax_env(task, args):

@@ -89,7 +89,7 @@ def main(bench):
     for gym_id in bench.tasks:
         maze = gym_id.startswith("antmaze")
         official = gsflow.make_host_env(gym_id, "post" if maze else None)
-        env = gsflow.MjxAntMaze(gym_id, "post") if maze else gsflow.Mjx(gym_id)
+        env = gsflow.MjxAntMaze(gym_id, "post") if maze else gsflow.MjxLocomotion(gym_id)
         for num_envs in bench.num_envs:
             ours, seconds = mjx_rate(gsflow, env, num_envs, bench)
             theirs = official_rate(official)

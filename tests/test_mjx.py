@@ -98,7 +98,7 @@ def make_env(gsflow, gym_id):
     with jax.enable_x64(True):
         if "maze" in gym_id:
             return gsflow.MjxAntMaze(gym_id, "post")
-        return gsflow.Mjx(gym_id)
+        return gsflow.MjxLocomotion(gym_id)
 
 
 @functools.cache
@@ -188,7 +188,7 @@ def test_spaces_and_limits(gsflow):
 
 def test_restart_keeps_the_final_observation(gsflow):
     """In float32, as in training: two time limits in a row, one compiled program."""
-    env = gsflow.Mjx("Hopper-v5")
+    env = gsflow.MjxLocomotion("Hopper-v5")
     env.max_episode_steps = 3
     step = jax.jit(lambda s, a, key: gsflow.step_envs(env, s, a, key))
     state = gsflow.reset_envs(env, jax.random.key(0), 4)
@@ -242,6 +242,49 @@ def test_tiles_stand_where_the_walls_are(gsflow):
         near = boxes[(np.abs(boxes[:, :2] - xy) < 2 + 1.99).all(axis=1)]
         there = tiles[tiles[:, 2] > 0]
         assert {tuple(p) for p in near} == {tuple(p) for p in there}
+
+
+def test_contacts_match_mujoco(gsflow):
+    """Ants put anywhere at or in walls, also at corners and top edges: each contact of MuJoCo's."""
+    env, reference, rng = make_env(gsflow, MAZE), official(MAZE), np.random.default_rng(0)
+    model, mjx, number, qpos = reference.model, env.mjx, 600, []
+    free = np.argwhere(reference.maze_map == 0)
+    for _ in range(number):
+        q = reference.init_qpos + rng.uniform(-0.3, 0.3, model.nq)
+        i, j = free[rng.integers(len(free))]
+        q[:2] = np.array([j, i]) * 4.0 - 4.0 + rng.uniform(-1.95, 1.95, 2)
+        q[2] = rng.choice([rng.uniform(0.2, 0.9), rng.uniform(1.8, 2.2)])
+        q[3:7] = rng.normal(size=4)
+        q[3:7] /= np.linalg.norm(q[3:7])
+        qpos.append(q)
+
+    def collide(qpos):
+        model = env.model_at(qpos)
+        data = mjx.collision(model, mjx.kinematics(model, env.data.replace(qpos=qpos)))
+        c = data._impl.contact
+        return c.dist, c.pos, c.frame, c.geom, c.includemargin
+
+    with jax.enable_x64(True):
+        ours = jax.device_get(jax.jit(jax.vmap(collide))(np.array(qpos)))
+    ants = {model.geom(i).name: i for i in range(model.ngeom) if model.geom_bodyid[i]}
+    offset = env.model.ngeom - model.ngeom  # the ant's geoms come last in both models
+    compared, skipped = 0, 0
+    for k in range(number):
+        reference.set_state(qpos[k], np.zeros(model.nv))
+        c, (dist, pos, frame, geom, margin) = reference.data.contact, (x[k] for x in ours)
+        if len(c) > env.max_active:  # half of the ant in the wall
+            skipped += 1
+            continue
+        used = dist < margin
+        assert used.sum() == len(c), f"start {k}: {used.sum()} contacts, {len(c)} in MuJoCo"
+        theirs = np.column_stack([c.geom.max(axis=1), c.dist, c.pos, c.frame])
+        mine = np.column_stack([geom.max(axis=1) - offset, dist, pos, frame.reshape(-1, 9)])[used]
+        assert set(theirs[:, 0]) <= set(ants.values())
+        for row in theirs:  # the same contact is the one nearest to it
+            gaps = np.abs(mine - row).max(axis=1)
+            np.testing.assert_allclose(mine[gaps.argmin()], row, rtol=0, atol=1e-9)
+        compared += len(c)
+    assert compared > 1000 and skipped < number / 100
 
 
 # ---- MJX itself ----
