@@ -125,8 +125,8 @@ class Args:
     # ---- environment and data ----
     env_backend: Literal["auto", "jax", "host", "mjx"] = "auto"
     """jax: vmapped environment inside the program (point mazes, multi-crescent); host: the official
-    environment through gymnasium.vector; auto: jax where it exists, else host; mjx: antmaze-*
-    vmapped inside the program, for a GPU (on a CPU it is many times slower than host)"""
+    environment through gymnasium.vector; auto: jax where it exists, else host;
+    mjx: antmaze-* vmapped inside the program, for a GPU (far slower than host on a CPU)"""
     success_timing: Literal["post", "pre"] = "post"
     """reward and success after the action (post, as published) or before it (pre, OGBench 1.2)"""
     dataset_dir: str = "~/.ogbench/data"
@@ -805,6 +805,22 @@ class Mjx(FuncEnv):
         return self.simulate(state, action)
 
 
+def make_mjx(task, supported, make):
+    """`make()` if the task is among those that MJX can simulate; on a CPU with a warning."""
+    if task.base not in supported:
+        raise UserError(
+            f"--env-backend mjx is for {', '.join(supported)}, not for {task.name}; use the "
+            f"official environment, --env-backend host"
+        )
+    if jax.default_backend() == "cpu":
+        print(
+            "NOTICE: --env-backend mjx is made for a GPU; on a CPU the official engine, "
+            "--env-backend host, is many times faster",
+            file=sys.stderr,
+        )
+    return make()
+
+
 # ==== end shared: mjx physics ====
 
 
@@ -890,6 +906,7 @@ class MjxLocomotion(Mjx):
 
 
 # ==== shared: mjx ant mazes ====
+MJX_MAZES = ("antmaze-medium", "antmaze-large", "antmaze-giant")
 EDGES = [(j, *corner) for j in range(3) for corner in ((-1, -1), (1, -1), (-1, 1), (1, 1))]
 EDGE_AXIS = np.eye(3)[[e[0] for e in EDGES]]  # the axis along which each edge of a box runs
 EDGE_SIDE = np.array([np.insert(e[1:], e[0], 0) for e in EDGES])  # and where it lies on the others
@@ -2288,23 +2305,6 @@ def fill(args, **values):
     return dataclasses.replace(args, **unset)
 
 
-def make_mjx_env(task, success_timing):
-    """The ant maze in MJX; refuses what MJX cannot simulate."""
-    mazes = ("antmaze-medium", "antmaze-large", "antmaze-giant")
-    if task.base not in mazes:
-        raise UserError(
-            f"--env-backend mjx is for {', '.join(mazes)}, not for {task.name}; use the official "
-            f"environment, --env-backend host"
-        )
-    if jax.default_backend() == "cpu":
-        print(
-            "NOTICE: --env-backend mjx is made for a GPU; on a CPU the official engine, "
-            "--env-backend host, is many times faster",
-            file=sys.stderr,
-        )
-    return MjxAntMaze(task.gym_id, success_timing)
-
-
 def make_jax_env(task, args):
     """The task's environment as pure functions, or None where only the official one exists."""
     maze = task.base.removeprefix("pointmaze-")
@@ -2314,7 +2314,7 @@ def make_jax_env(task, args):
     if task.base != maze and maze in MAZES and built_in:
         return PointMaze(maze, task.index, args.success_timing)
     if args.env_backend == "mjx" and task.gym_id and task.base == maze:
-        return make_mjx_env(task, args.success_timing)
+        return make_mjx(task, MJX_MAZES, lambda: MjxAntMaze(task.gym_id, args.success_timing))
     if args.env_backend in ("jax", "mjx") or not task.gym_id:
         raise UserError(f"{task.name} has no {args.env_backend} environment; drop --env-backend")
     return None
