@@ -687,14 +687,34 @@ def evaluate_host(envs, act, seeds, step, num_episodes):
 
 
 # ==== shared: mjx physics ====
+def nearest_points(gap, one, two):
+    """Where two segments s * one and t * two, |s|, |t| <= 1, are nearest; `gap` is the first centre
+    minus the second. Returns s, t, whether s is at an end, and whether at the upper one."""
+    aa, ab, bb = one @ one, -(one @ two), two @ two
+    u, v, det = -(one @ gap), two @ gap, aa * bb - ab**2
+    parallel = det <= jnp.finfo(det.dtype).eps * aa * bb
+    s = jnp.where(parallel, 0, (bb * u - ab * v) / jnp.where(parallel, 1, det))
+    at_end, upper, s = jnp.abs(s) > 1, s > 1, jnp.clip(s, -1, 1)
+    t = (v - ab * s) / bb
+    s = jnp.where(jnp.abs(t) > 1, (u - ab * jnp.sign(t)) / aa, s)
+    upper = jnp.where(jnp.abs(s) > 1, s > 1, upper)
+    return jnp.clip(s, -1, 1), jnp.clip(t, -1, 1), at_end | (jnp.abs(s) > 1), upper
+
+
 def import_mjx():
-    """MJX, MuJoCo's engine in JAX, with one collider replaced by what MuJoCo's own does: MJX aligns
-    the tangents of a capsule's contact with a plane only beyond 30 degrees off the normal."""
+    """MJX, MuJoCo's engine in JAX, with three colliders replaced by what MuJoCo's own do: MJX
+    aligns the tangents of a capsule's contact with a plane only beyond 30 degrees off the normal,
+    and finds the nearest points of capsules to five digits."""
     with contextlib.redirect_stdout(None):  # it says that it has no warp
         from mujoco import mjx
         from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
-        from mujoco.mjx._src.collision_primitive import collider
+        from mujoco.mjx._src.collision_primitive import _sphere_sphere, collider
+        from mujoco.mjx._src.math import make_frame
         from mujoco.mjx._src.types import GeomType
+
+    def balls(one, centre1, two, centre2):
+        dist, pos, normal = _sphere_sphere(centre1, one.size[0], centre2, two.size[0])
+        return dist, pos, make_frame(normal)
 
     @collider(ncon=2)
     def plane_capsule(plane, cap):
@@ -703,12 +723,26 @@ def import_mjx():
         norm = jnp.linalg.norm(tangent)
         tangent = tangent / jnp.maximum(norm, 1e-6)
         frame = jnp.stack([normal, tangent, jnp.cross(normal, tangent)])
-        frame = jnp.where(norm > 1e-6, frame, mjx._src.math.make_frame(normal))
+        frame = jnp.where(norm > 1e-6, frame, make_frame(normal))
         ends = cap.pos + jnp.stack([axis, -axis]) * cap.size[1]
         dist = (ends - plane.pos) @ normal - cap.size[0]
         return dist, ends - (cap.size[0] + dist / 2)[:, None] * normal, jnp.stack([frame, frame])
 
+    @collider(ncon=1)
+    def sphere_capsule(ball, cap):
+        axis, length = cap.mat[:, 2], cap.size[1]
+        t = jnp.clip((ball.pos - cap.pos) @ axis, -length, length)
+        return balls(ball, ball.pos, cap, cap.pos + t * axis)
+
+    @collider(ncon=1)
+    def capsule_capsule(one, two):
+        half1, half2 = (cap.mat[:, 2] * cap.size[1] for cap in (one, two))
+        s, t, *_ = nearest_points(one.pos - two.pos, half1, half2)
+        return balls(one, one.pos + s * half1, two, two.pos + t * half2)
+
     _COLLISION_FUNC[GeomType.PLANE, GeomType.CAPSULE] = plane_capsule
+    _COLLISION_FUNC[GeomType.SPHERE, GeomType.CAPSULE] = sphere_capsule
+    _COLLISION_FUNC[GeomType.CAPSULE, GeomType.CAPSULE] = capsule_capsule
     return mjx
 
 
@@ -936,25 +970,10 @@ def capsule_box(centre, half, size):
     face_dist = jnp.where(outside.sum(1) <= 1, face_dist, jnp.inf)
     end = face_dist.argmin()
 
-    # the point on each edge (box_t) and on the segment (t) where the two are nearest, both clipped
-    length, along = EDGE_AXIS @ size, EDGE_AXIS @ half
-    gap = EDGE_SIDE * size - centre
-    aa, ab, bb = length**2, -length * along, half @ half
-    u, v = length * (EDGE_AXIS @ centre), gap @ half
-    det = aa * bb - ab**2
-    parallel = jnp.abs(det) < 1e-15
-    det = jnp.where(parallel, 1, det)
-    box_t, t = (bb * u - ab * v) / det, (aa * v - ab * u) / det
-    corner, upper = jnp.abs(box_t) > 1, box_t > 1
-    t = jnp.where(corner, (v - ab * jnp.sign(box_t)) / bb, t)
-    again, box_t = jnp.abs(t) > 1, jnp.clip(box_t, -1, 1)
-    t = jnp.clip(t, -1, 1)
-    box_t = jnp.where(again, (u - ab * t) / aa, box_t)
-    beyond = again & (jnp.abs(box_t) > 1)
-    corner, upper = corner | beyond, jnp.where(beyond, box_t > 1, upper)
-    box_t = jnp.clip(box_t, -1, 1)
-    apart = gap - t[:, None] * half + EDGE_AXIS * (length * box_t)[:, None]
-    edge_dist = jnp.where(parallel, jnp.inf, (apart**2).sum(1))
+    edges, gap = EDGE_AXIS * size, EDGE_SIDE * size - centre
+    box_t, t, corner, upper = jax.vmap(nearest_points, (0, 0, None))(gap, edges, half)
+    apart = gap + box_t[:, None] * edges - t[:, None] * half
+    edge_dist = (apart**2).sum(1)
     k = edge_dist.argmin()
     on_face = face_dist[end] - 1e-15 <= edge_dist[k]
 
@@ -973,7 +992,7 @@ def capsule_box(centre, half, size):
     odd = away == (sign > 0)
     along_edge = jnp.minimum(1 - sign * t, jnp.where(odd, across, jnp.inf).min())
     along_face = jnp.minimum(1 + sign * t, jnp.where(odd, jnp.inf, across).min())
-    is_along_edge = 2 * jnp.where(odd, half**2, 0).sum() > bb
+    is_along_edge = 2 * jnp.where(odd, half**2, 0).sum() > half @ half
     corner_second = sign * jnp.where(is_along_edge, along_edge, -along_face)
     corner_has = (away.sum() > 0) & (away.sum() < 3)
 
