@@ -76,6 +76,8 @@ Modes
 # ]
 # ///
 
+import contextlib
+import copy
 import csv
 import dataclasses
 import difflib
@@ -137,9 +139,10 @@ class Args:
     """float32 matmuls: JAX's default (TF32 on recent GPUs), high or highest"""
 
     # ---- environment and data ----
-    env_backend: Literal["auto", "jax", "host"] = "auto"
+    env_backend: Literal["auto", "jax", "host", "mjx"] = "auto"
     """jax: vmapped environment inside the program (pendulum, point mazes); host: the official
-    environment through gymnasium.vector; auto: jax where it exists"""
+    environment through gymnasium.vector; auto: jax where it exists, else host;
+    mjx: MuJoCo tasks (v5) vmapped inside the program, for a GPU (far slower than host on a CPU)"""
     success_timing: Literal["post", "pre"] = "post"
     """OGBench: reward and success after the action (post, as published) or before it (pre)"""
     dataset_dir: str = "~/.ogbench/data"
@@ -712,6 +715,259 @@ def evaluate_host(envs, act, seeds, step, num_episodes):
 
 
 # ==== end shared: vector environments ====
+
+
+# ==== shared: mjx physics ====
+def nearest_points(gap, one, two):
+    """Where two segments s * one and t * two, |s|, |t| <= 1, are nearest; `gap` is the first centre
+    minus the second. Returns s, t, whether s is at an end, and whether at the upper one."""
+    aa, ab, bb = one @ one, -(one @ two), two @ two
+    u, v, det = -(one @ gap), two @ gap, aa * bb - ab**2
+    parallel = det <= jnp.finfo(det.dtype).eps * aa * bb
+    s = jnp.where(parallel, 0, (bb * u - ab * v) / jnp.where(parallel, 1, det))
+    at_end, upper, s = jnp.abs(s) > 1, s > 1, jnp.clip(s, -1, 1)
+    t = (v - ab * s) / bb
+    s = jnp.where(jnp.abs(t) > 1, (u - ab * jnp.sign(t)) / aa, s)
+    upper = jnp.where(jnp.abs(s) > 1, s > 1, upper)
+    return jnp.clip(s, -1, 1), jnp.clip(t, -1, 1), at_end | (jnp.abs(s) > 1), upper
+
+
+def import_mjx():
+    """MJX, MuJoCo's engine in JAX, with three colliders replaced by what MuJoCo's own do: MJX
+    aligns the tangents of a capsule's contact with a plane only beyond 30 degrees off the normal,
+    and finds the nearest points of capsules to five digits."""
+    with contextlib.redirect_stdout(None):  # it says that it has no warp
+        from mujoco import mjx
+        from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
+        from mujoco.mjx._src.collision_primitive import _sphere_sphere, collider
+        from mujoco.mjx._src.math import make_frame
+        from mujoco.mjx._src.types import GeomType
+
+    def balls(one, centre1, two, centre2):
+        dist, pos, normal = _sphere_sphere(centre1, one.size[0], centre2, two.size[0])
+        return dist, pos, make_frame(normal)
+
+    @collider(ncon=2)
+    def plane_capsule(plane, cap):
+        normal, axis = plane.mat[:, 2], cap.mat[:, 2]
+        tangent = axis - normal * (normal @ axis)
+        norm = jnp.linalg.norm(tangent)
+        tangent = tangent / jnp.maximum(norm, 1e-6)
+        frame = jnp.stack([normal, tangent, jnp.cross(normal, tangent)])
+        frame = jnp.where(norm > 1e-6, frame, make_frame(normal))
+        ends = cap.pos + jnp.stack([axis, -axis]) * cap.size[1]
+        dist = (ends - plane.pos) @ normal - cap.size[0]
+        return dist, ends - (cap.size[0] + dist / 2)[:, None] * normal, jnp.stack([frame, frame])
+
+    @collider(ncon=1)
+    def sphere_capsule(ball, cap):
+        axis, length = cap.mat[:, 2], cap.size[1]
+        t = jnp.clip((ball.pos - cap.pos) @ axis, -length, length)
+        return balls(ball, ball.pos, cap, cap.pos + t * axis)
+
+    @collider(ncon=1)
+    def capsule_capsule(one, two):
+        half1, half2 = (cap.mat[:, 2] * cap.size[1] for cap in (one, two))
+        s, t, *_ = nearest_points(one.pos - two.pos, half1, half2)
+        return balls(one, one.pos + s * half1, two, two.pos + t * half2)
+
+    _COLLISION_FUNC[GeomType.PLANE, GeomType.CAPSULE] = plane_capsule
+    _COLLISION_FUNC[GeomType.SPHERE, GeomType.CAPSULE] = sphere_capsule
+    _COLLISION_FUNC[GeomType.CAPSULE, GeomType.CAPSULE] = capsule_capsule
+    return mjx
+
+
+class MjxState(NamedTuple):
+    qpos: jax.Array
+    qvel: jax.Array
+    qacc: jax.Array  # of the last evaluation; the constraint solver starts from it
+    x: jax.Array  # position along x by which a locomotion task pays
+    derived: jax.Array  # inertias, velocities and forces that it observes, of the last evaluation
+    success: jax.Array  # did the last transition reach the goal? (mazes)
+
+
+class Mjx(FuncEnv):
+    """A MuJoCo environment in MJX: the official model; the rest is its subclasses'.
+
+    What MuJoCo derives from positions (body positions, contact forces, ...) is, after a step, that
+    of the last evaluation within the last Runge-Kutta step, and so it is here: `derive` reads it.
+    """
+
+    noise, gaussian = 0.1, True  # of the start: uniform on positions; on velocities perhaps normal
+
+    def __init__(self, gym_id: str):
+        super().__init__()
+        self.mjx = import_mjx()
+        self.official = make_host_env(gym_id).unwrapped
+        self.max_episode_steps = gymnasium.spec(gym_id).max_episode_steps
+        self.observation_space = self.official.observation_space
+        self.action_space = self.official.action_space
+        self.init_qpos, self.dt = self.official.init_qpos, self.official.dt
+        model = self.make_model()
+        # MJX lacks the iterative solver that Humanoid's model asks for, and runs line searches to
+        # their limit, 50 by default, though a few iterations find the minimum.
+        model.opt.solver, model.opt.ls_iterations = 2, 10  # Newton's method
+        self.model = self.mjx.put_model(model)
+        self.data = self.mjx.make_data(self.model)
+
+    def make_model(self):
+        return copy.copy(self.official.model)
+
+    def model_at(self, qpos):
+        """The model when the robot is there."""
+        return self.model
+
+    def derive(self, data):
+        """`x` and `derived` of a state."""
+        return data.qpos[0], jnp.zeros(0)
+
+    def simulate(self, state, action):
+        """The steps of MuJoCo in one of the environment, by the model's integrator: semi-implicit
+        Euler (HalfCheetah), or Runge-Kutta as a loop over its four evaluations, compiled once."""
+        mjx, h = self.mjx, self.model.opt.timestep
+        integrate = functools.partial(mjx._src.forward._integrate_pos, self.model.jnt_type)
+        tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
+
+        def step(_, state):
+            model, data = self.model_at(state.qpos), self.data.replace(ctrl=action)
+            if model.opt.integrator == 0:
+                start = dict(qpos=state.qpos, qvel=state.qvel, qacc_warmstart=state.qacc)
+                new = mjx.step(model, data.replace(**start))
+                return state._replace(qpos=new.qpos, qvel=new.qvel, qacc=new.qacc)
+
+            def evaluate(carry, ab):
+                qvel, qacc, mean_qvel, mean_qacc, _ = carry
+                qpos = integrate(state.qpos, qvel, ab[0] * h)
+                qvel = state.qvel + ab[0] * h * qacc
+                new = mjx.forward(model, data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=qacc))
+                means = mean_qvel + ab[1] * qvel, mean_qacc + ab[1] * new.qacc
+                new = mjx.rne_postconstraint(model, new)  # contact forces on bodies, if observed
+                return (qvel, new.qacc, *means, self.derive(new)), None
+
+            zeros = jnp.zeros_like(state.qvel)
+            carry = (state.qvel, state.qacc, zeros, zeros, (state.x, state.derived))
+            (_, qacc, qvel, mean_qacc, (x, derived)), _ = jax.lax.scan(evaluate, carry, tableau)
+            qpos, qvel = integrate(state.qpos, qvel, h), state.qvel + h * mean_qacc
+            return state._replace(qpos=qpos, qvel=qvel, qacc=qacc, x=x, derived=derived)
+
+        return jax.lax.fori_loop(0, self.official.frame_skip, step, state)
+
+    def at(self, qpos, qvel):
+        """State after a reset to these positions and velocities."""
+        data = self.data.replace(qpos=qpos, qvel=qvel)
+        for part in (self.mjx.kinematics, self.mjx.com_pos, self.mjx.com_vel):
+            data = part(self.model, data)
+        return MjxState(qpos, qvel, jnp.zeros_like(qvel), *self.derive(data), jnp.asarray(False))
+
+    def initial(self, rng: Any, params: Any = None) -> MjxState:
+        keys, shapes = jax.random.split(rng), (self.init_qpos.shape, (self.model.nv,))
+        qpos = jax.random.uniform(keys[0], shapes[0], minval=-1)
+        draw = jax.random.normal if self.gaussian else jax.random.uniform
+        qvel = draw(keys[1], shapes[1]) if self.gaussian else draw(keys[1], shapes[1], minval=-1)
+        return self.at(self.init_qpos + self.noise * qpos, self.noise * qvel)
+
+    def transition(self, state, action, rng=None, params=None) -> MjxState:
+        return self.simulate(state, action)
+
+
+def make_mjx(task, supported, make):
+    """`make()` if the task is among those that MJX can simulate; on a CPU with a warning."""
+    if task.base not in supported:
+        raise UserError(
+            f"--env-backend mjx is for {', '.join(supported)}, not for {task.name}; use the "
+            f"official environment, --env-backend host"
+        )
+    if jax.default_backend() == "cpu":
+        print(
+            "NOTICE: --env-backend mjx is made for a GPU; on a CPU the official engine, "
+            "--env-backend host, is many times faster",
+            file=sys.stderr,
+        )
+    return make()
+
+
+# ==== end shared: mjx physics ====
+
+
+# ==== shared: mjx locomotion ====
+# What Gymnasium's v5 locomotion tasks pay and when they end: `forward` times the velocity along x,
+# `lift` times the height, `alive` while healthy, minus `control` * |a|^2 and `contact` * |contact
+# forces|^2. Healthy: height and pitch in their ranges, every other coordinate below `limit`.
+MJX_TASKS = {
+    "Hopper-v5": dict(
+        alive=1.0, control=1e-3, height=(0.7, np.inf), pitch=(-0.2, 0.2), limit=100.0,
+        clip_velocity=10.0, noise=5e-3,
+    ),
+    "Walker2d-v5": dict(
+        alive=1.0, control=1e-3, height=(0.8, 2.0), pitch=(-1.0, 1.0), clip_velocity=10.0,
+        noise=5e-3,
+    ),
+    "HalfCheetah-v5": dict(control=0.1, ends=False, noise=0.1, gaussian=True),
+    "Ant-v5": dict(
+        alive=1.0, control=0.5, contact=5e-4, height=(0.2, 1.0), clip_force=1.0, noise=0.1,
+        gaussian=True,
+    ),
+    "Humanoid-v5": dict(
+        forward=1.25, alive=5.0, control=0.1, contact=5e-7, height=(1.0, 2.0), noise=1e-2,
+    ),
+    "HumanoidStandup-v5": dict(
+        forward=0.0, lift=1 / 0.003, alive=1.0, control=0.1, contact=5e-7, ends=False, noise=1e-2,
+    ),
+}  # fmt: skip
+
+
+class MjxLocomotion(Mjx):
+    """Gymnasium's Hopper, Walker2d, HalfCheetah, Ant, Humanoid and HumanoidStandup (v5)."""
+
+    forward, lift, alive, contact, ends, gaussian = 1.0, 0.0, 0.0, 0.0, True, False
+    height, pitch, limit = (-np.inf, np.inf), (-np.inf, np.inf), np.inf
+    clip_velocity = clip_force = np.inf
+
+    def __init__(self, gym_id: str):
+        self.robot = gym_id.removesuffix("-v5")
+        for name, value in MJX_TASKS[gym_id].items():
+            setattr(self, name, value)
+        super().__init__(gym_id)
+        self.planar = self.robot in ("Hopper", "Walker2d", "HalfCheetah")
+
+    def derive(self, data):
+        force = jnp.clip(data.cfrc_ext[1:], -self.clip_force, self.clip_force).ravel()
+        if self.robot == "Ant":
+            return data.xpos[1, 0], force
+        if self.robot.startswith("Humanoid"):
+            mass = self.model.body_mass / self.model.body_mass.sum()
+            inertia, velocity = data._impl.cinert[1:].ravel(), data.cvel[1:].ravel()
+            derived = jnp.concatenate([inertia, velocity, data.qfrc_actuator[6:], force])
+            return mass @ data.xipos[:, 0], derived
+        return super().derive(data)
+
+    def transition(self, state, action, rng=None, params=None) -> MjxState:
+        new = self.simulate(state, action)
+        return new._replace(x=new.qpos[0]) if self.planar else new  # here nothing lags behind
+
+    def observation(self, state, rng=None, params=None):
+        qvel = jnp.clip(state.qvel, -self.clip_velocity, self.clip_velocity)
+        return jnp.concatenate([state.qpos[1 if self.planar else 2 :], qvel, state.derived])
+
+    def healthy(self, state):
+        height, pitch = state.qpos[1:3] if self.planar else (state.qpos[2], 0.0)
+        upright = (self.height[0] < height) & (height < self.height[1])
+        upright &= (self.pitch[0] < pitch) & (pitch < self.pitch[1])
+        others = jnp.concatenate([state.qpos[2:], state.qvel])
+        return upright & (jnp.abs(others) < self.limit).all()
+
+    def reward(self, state, action, next_state, rng=None, params=None):
+        force = next_state.derived[-(self.model.nbody - 1) * 6 :]
+        costs = self.control * (action**2).sum()
+        costs += jnp.minimum(self.contact * (force**2).sum(), 10.0)
+        earned = self.forward * (next_state.x - state.x) / self.dt + self.lift * next_state.qpos[2]
+        return earned + self.alive * (self.healthy(next_state) | (not self.ends)) - costs
+
+    def terminal(self, state, rng=None, params=None):
+        return ~self.healthy(state) & self.ends
+
+
+# ==== end shared: mjx locomotion ====
 
 
 # ---- Gymnasium's tasks ----
@@ -2141,11 +2397,14 @@ def host_memory():
 def make_jax_env(task, args):
     """The task's environment as pure functions, or None where only the official one exists."""
     maze = task.base.removeprefix("pointmaze-")
-    if task.name == PENDULUM and args.env_backend != "host":
+    built_in = args.env_backend in ("auto", "jax")
+    if task.name == PENDULUM and built_in:
         return Pendulum()
-    if task.base != maze and maze in MAZES and args.env_backend != "host":
+    if task.base != maze and maze in MAZES and built_in:
         return PointMaze(maze, task.index, args.success_timing)
-    if args.env_backend == "jax" or not task.gym_id:
+    if args.env_backend == "mjx" and task.gym_id and task.base == maze:
+        return make_mjx(task, MJX_TASKS, lambda: MjxLocomotion(task.gym_id))
+    if args.env_backend in ("jax", "mjx") or not task.gym_id:
         raise UserError(f"{task.name} has no {args.env_backend} environment; drop --env-backend")
     return None
 
