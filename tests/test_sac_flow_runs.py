@@ -387,7 +387,7 @@ def check_a_finished_run(sac, run):
 
 def test_episodic_return_is_the_mean_of_the_last_episodes(sac):
     """store(): newest first, NaN where there was none yet."""
-    args = make_args(sac, "Hopper-v4", num_envs=3)
+    args = make_args(sac, "Hopper-v4", num_envs=3, online_steps=300, learning_starts=30)
     carry = dict(replay=sac.make_replay(30, 1, 1), recent=jnp.full(sac.RECENT, jnp.nan))
     carry["sums"] = sac.zero_sums({})
     rng, history = np.random.default_rng(0), []
