@@ -1,13 +1,19 @@
-"""SAC Flow's central claim: how the actor's gradient grows along the rollout, per velocity.
+"""SAC Flow's central claim: how gradients grow along the rollout, for each velocity.
 
-    python benchmark/sac_flow_gradients.py                      # trains mlp, flow-g, flow-t first
-    python benchmark/sac_flow_gradients.py --runs RUN RUN RUN   # of runs that are there
+    python benchmark/sac_flow_gradients.py         # trains what is not there yet; minutes on a CPU
 
-For each run's last checkpoint: observations from its replay, one noisy rollout each, and the norm
-of dL/dA_k for L = -min_c Q(s, tanh(A_K)), the actor's loss without entropy, at k = 0..K. The figure
-shows the mean norm at A_k over that at A_K, seeds as thin lines; back-propagation goes from right
-to left, so a line that rises to the left is a gradient that grows. `--kernel-scale` repeats the
-measurement with every kernel of the velocity multiplied, as longer training enlarges them.
+The norm of dL/dA_k, k = 0..K, for a random linear L of the rollout's end A_K (so that neither tanh
+nor the critic plays a part), averaged over observations, divided by that at A_K. Back-propagation
+runs from right to left: a line that rises to the left is a gradient that grows. Three pictures:
+
+  bandit     a critic with two equally good actions per dimension, +-0.8, so that the rollout must
+             pull noise apart; after `--bandit-updates` steps of the script's actor loss
+  pendulum   after training with the script's defaults (`--out-dir` keeps the runs), observations
+             from the replay
+  large      Hopper's sizes, fresh velocities with every kernel times 4, as an emulation of long
+             training; norms with batch statistics, or nothing would be normalised
+
+Thin lines are seeds. The table also says how far A_K lies from 0, where tanh saturates.
 """
 
 import dataclasses
@@ -20,6 +26,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 
 SCRIPT = Path(__file__).resolve().parent.parent / "algos" / "sac_flow.py"
@@ -28,12 +35,11 @@ COLOURS = {"mlp": "tab:red", "flow-g": "tab:blue", "flow-t": "tab:green"}
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    runs: tuple[str, ...] = ()  # finished or stopped runs; none: train on the pendulum first
-    num_seeds: int = 3  # seeds of each training
-    flow_steps: int = 4  # Euler steps of each training
-    rows: int = 1024  # observations per seed
-    kernel_scale: tuple[float, ...] = (1.0, 2.0)  # factors of the velocity's kernels, a panel each
-    out_dir: str = "runs/sac-flow-gradients"  # where trainings go; finished ones are not run again
+    num_seeds: int = 3  # seeds of everything
+    flow_steps: int = 4  # K
+    bandit_updates: int = 400  # actor updates on the bandit
+    rows: int = 512  # observations per seed
+    out_dir: str = "runs/sac-flow-gradients"  # pendulum runs; finished ones are not run again
     results: str = "benchmark/results"  # where the table and the picture go
 
 
@@ -45,98 +51,130 @@ def load_script():
     return module
 
 
-def train(policy, bench):
-    """Train on the pendulum with the script's defaults, or find it finished -> run directory."""
+def measure(nets, args, params, stats, obs, key, train=False):
+    """(mean norms of dL/dA_k, mean |A_K|) of one actor along noisy rollouts."""
+    keys = jax.random.split(key)
+    eps = jax.random.normal(keys[0], (args.flow_steps + 1, len(obs), nets.dim))
+    weights = jax.random.normal(keys[1], eps.shape[1:])
+
+    def end(moves):  # the script's rollout, with a place to differentiate at every A_k
+        context, new = nets.context(params, stats, obs, train=train)
+        x = eps[0] + moves[0]
+        for k in range(args.flow_steps):
+            t = jnp.full((1, 1), k / args.flow_steps)
+            (v, log_std), new = nets.velocity(params, new, context, x, t, k, train=train)
+            x = x + v / args.flow_steps + jnp.exp(log_std) * eps[k + 1] + moves[k + 1]
+        return (weights * x).sum(), x
+
+    grads, x = jax.grad(end, has_aux=True)(jnp.zeros_like(eps))
+    return jnp.linalg.norm(grads, axis=-1).mean(axis=-1), jnp.abs(x).mean()
+
+
+def resolve(sac, policy, bench, **flags):
+    task = sac.find_task("Hopper-v4")
+    args = sac.Args(env_id=task.name, policy=policy, flow_steps=bench.flow_steps, **flags)
+    return sac.fill(sac.resolve(args, task), target_entropy=0.0)
+
+
+def bandit(sac, policy, bench):
+    """Norms after training on the bandit, all seeds."""
+    args = resolve(sac, policy, bench, hidden_dim=64, d_model=16)
+    adam = optax.adam(1e-2, b1=0.5)
+
+    def critic(params, stats, obs, action, train=False):
+        q = -30 * ((action - 0.8 * jnp.sign(action)) ** 2).sum(axis=-1)
+        return jnp.stack([q, q]), stats
+
+    nets = sac.make_networks(args, 2)._replace(critic=critic)
+
+    def one_seed(seed):
+        params, stats = sac.init_params(args, 4, 2, jax.random.key(seed))
+
+        def step(i, carry):
+            params, stats, moments = carry
+            keys = jax.random.split(sac.purpose_key(seed, "update", i))
+            batch = dict(obs=jax.random.normal(keys[0], (128, 4)))
+            inputs = (stats, nets, args, batch, ({}, {}), 0.05, 0.0, keys[1])
+            grads, (_, stats) = jax.grad(sac.actor_loss, has_aux=True)(params, *inputs)
+            updates, moments = adam.update(grads, moments)
+            return optax.apply_updates(params, updates), stats, moments
+
+        start = (params["actor"], stats["actor"], adam.init(params["actor"]))
+        params, stats, _ = jax.lax.fori_loop(0, bench.bandit_updates, step, start)
+        obs = jax.random.normal(sac.purpose_key(seed, "env"), (bench.rows, 4))
+        return measure(nets, args, params, stats, obs, sac.purpose_key(seed, "eval"))
+
+    return jax.jit(jax.vmap(one_seed))(jnp.arange(bench.num_seeds))
+
+
+def pendulum(sac, policy, bench):
+    """Norms of the last checkpoint of a run, and the run's returns."""
     directory = Path(bench.out_dir) / f"{policy}-K{bench.flow_steps}"
     if not list(directory.glob("*/result.json")):
         flags = ["--policy", policy, "--num-seeds", bench.num_seeds]
         flags += ["--flow-steps", bench.flow_steps, "--out-dir", directory]
-        print(f"training {policy}", flush=True)
+        print(f"training {policy} on the pendulum", flush=True)
         command = [sys.executable, str(SCRIPT), *map(str, flags)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return sorted(directory.glob("*/result.json"))[-1].parent
+    run = sorted(directory.glob("*/result.json"))[-1].parent
+    args = sac.resolve(sac.read_args(run, [], sac.Args()), sac.find_task(sac.PENDULUM))
+    tree, _ = sac.load_checkpoint(run)
+    state = sac.start_states(args, 3, 1, jnp.zeros(3), jnp.ones(3))
+    state = sac.restore(state, tree["state"], run)
+    count = int(tree["replay"]["added"][0])
+    index = np.random.default_rng(0).integers(0, count, bench.rows)
+    obs = jnp.asarray(tree["replay"]["rows"]["obs"][:, index])
+    nets = sac.make_networks(args, 1)
+
+    def one_seed(state, obs):
+        actor = (state.params["actor"], state.stats["actor"])
+        return measure(nets, args, *actor, obs, sac.purpose_key(state.seed, "eval"))
+
+    returns = json.loads((run / "result.json").read_text())["eval/return_stochastic"]
+    return *jax.jit(jax.vmap(one_seed))(state, obs), f"{returns:.0f}"
 
 
-def gradient_norms(sac, state, obs, key, nets, args):
-    """Mean norm of dL/dA_k, k = 0..K, for one seed."""
-    obs = (obs - state.obs_mean) / state.obs_std
-    actor = (state.params["actor"], state.stats["actor"])
-    eps = jax.random.normal(key, (args.flow_steps + 1, len(obs), nets.dim))
+def large(sac, policy, bench):
+    """Norms of fresh velocities whose kernels are four times as large."""
+    args = resolve(sac, policy, bench)
+    nets = sac.make_networks(args, 3)
 
-    def loss(moves):  # the script's rollout, with a place to differentiate at every A_k
-        context, _ = nets.context(*actor, obs)
-        x = eps[0] + moves[0]
-        for k in range(args.flow_steps):
-            t = jnp.full((1, 1), k / args.flow_steps)
-            (v, log_std), _ = nets.velocity(*actor, context, x, t, k)
-            std = args.sigma if log_std is None else jnp.exp(log_std)
-            x = x + v / args.flow_steps + std * eps[k + 1] + moves[k + 1]
-        action = args.action_scale * jnp.tanh(x)
-        q, _ = nets.critic(state.params["critic"], state.stats["critic"], obs, action)
-        return -sac.aggregate(q, args).sum()
+    def one_seed(seed):
+        params, stats = sac.init_params(args, 11, 3, jax.random.key(seed))
+        enlarge = lambda path, x: 4 * x if path[-1].key == "kernel" else x
+        actor = jax.tree_util.tree_map_with_path(enlarge, params["actor"])
+        obs = jax.random.normal(sac.purpose_key(seed, "env"), (bench.rows, 11))
+        key = sac.purpose_key(seed, "eval")
+        return measure(nets, args, actor, stats["actor"], obs, key, train=True)
 
-    grads = jax.grad(loss)(jnp.zeros_like(eps))
-    return jnp.linalg.norm(grads, axis=-1).mean(axis=-1)
-
-
-def measure(sac, directory, bench):
-    """(policy, task, step, {factor: norms (seeds, K + 1)}) of a run's checkpoint."""
-    args = sac.read_args(directory, [], sac.Args())
-    task = sac.find_task(args.env_id)
-    args = sac.resolve(args, task)
-    obs_dim, act_dim = sac.open_env(task, sac.make_jax_env(task, args), args)
-    tree, facts = sac.load_checkpoint(directory)
-    state = sac.start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    state = sac.restore(state, tree["state"], directory)
-    nets = sac.make_networks(args, act_dim)
-    rng, added = np.random.default_rng(0), int(tree["replay"]["added"][0])
-    rows = tree["replay"]["rows"]["obs"]
-    index = rng.integers(0, min(added, rows.shape[1]), bench.rows)
-    obs = jnp.asarray(rows[:, index])
-    keys = jax.random.split(jax.random.key(0), len(obs))
-
-    @jax.jit
-    def norms(state, factor):
-        enlarge = lambda path, x: factor * x if path[-1].key == "kernel" else x
-        actor = jax.tree_util.tree_map_with_path(enlarge, state.params["actor"])
-        state = state.replace(params=state.params | {"actor": actor})
-        one = lambda s, o, k: gradient_norms(sac, s, o, k, nets, args)
-        return jax.vmap(one)(state, obs, keys)
-
-    return args, facts["step"], {f: np.asarray(norms(state, f)) for f in bench.kernel_scale}
+    return jax.jit(jax.vmap(one_seed))(jnp.arange(bench.num_seeds))
 
 
 def main(bench):
     from matplotlib.figure import Figure
 
     sac = load_script()
-    runs = bench.runs or [train(policy, bench) for policy in COLOURS]
-    measured = [(measure(sac, run, bench), run) for run in runs]
-    args, step, _ = measured[0][0]
-    head = f"{args.env_id}, checkpoint at step {step:,}, K = {args.flow_steps}, "
-    head += f"{args.num_seeds} seeds, {bench.rows} observations each.\n\n"
-    lines = ["| velocity | kernels | ‖dL/dA_0‖ / ‖dL/dA_K‖, mean over seeds | each seed | return |"]
+    titles = {bandit: f"bandit, {bench.bandit_updates} updates", pendulum: "pendulum, trained"}
+    titles[large] = "Hopper's sizes, kernels times 4"
+    head = f"Norm of dL/dA_0 over that of dL/dA_K, K = {bench.flow_steps}, "
+    head += f"{bench.num_seeds} seeds, {bench.rows} observations each.\n\n"
+    lines = ["| problem | velocity | growth, each seed | mean of abs A_K | return |"]
     lines += ["|---|---|---|---|---|"]
-    figure = Figure(figsize=(5 * len(bench.kernel_scale), 4))
-    axes = np.atleast_1d(figure.subplots(1, len(bench.kernel_scale), sharey=True))
-    for (args, _, norms), run in measured:
-        result = Path(run) / "result.json"
-        score = json.loads(result.read_text())["eval/return_stochastic"] if result.exists() else "?"
-        for axis, factor in zip(axes, bench.kernel_scale, strict=True):
-            relative = norms[factor] / norms[factor][:, -1:]
-            growth = relative[:, 0]
-            each = ", ".join(f"{g:.2f}" for g in growth)
-            score_text = score if isinstance(score, str) or factor != 1 else f"{score:.0f}"
-            lines.append(
-                f"| {args.policy} | x {factor:g} | {growth.mean():.2f} | {each} | "
-                f"{score_text if factor == 1 else ''} |"
-            )
-            colour = COLOURS[args.policy]
+    figure = Figure(figsize=(13, 4))
+    axes = figure.subplots(1, 3)
+    for axis, (problem, title) in zip(axes, titles.items(), strict=True):
+        for policy, colour in COLOURS.items():
+            norms, size, *score = problem(sac, policy, bench)
+            relative = np.asarray(norms / norms[:, -1:])
+            each = ", ".join(f"{g:.2f}" for g in relative[:, 0])
+            size = ", ".join(f"{s:.2g}" for s in np.asarray(size))
+            lines.append(f"| {title} | {policy} | {each} | {size} | {''.join(score)} |")
+            print(lines[-1], flush=True)
             axis.plot(relative.T, c=colour, lw=0.6, alpha=0.5)
-            axis.plot(relative.mean(axis=0), c=colour, marker="o", label=args.policy)
-            title = "as trained" if factor == 1 else f"velocity's kernels times {factor:g}"
-            axis.set(xlabel="rollout step k", title=title, yscale="log")
-            axis.set_xticks(range(args.flow_steps + 1))
+            mean = np.exp(np.log(relative).mean(axis=0))
+            axis.plot(mean, c=colour, marker="o", label=policy)
+        axis.set(xlabel="rollout step k", title=title, yscale="log")
+        axis.set_xticks(range(bench.flow_steps + 1))
     axes[0].set_ylabel("gradient norm at A_k over that at A_K")
     axes[0].legend()
     figure.tight_layout()
@@ -144,7 +182,6 @@ def main(bench):
     results.mkdir(parents=True, exist_ok=True)
     figure.savefig(results / "sac_flow_gradients.png", dpi=120)
     (results / "sac_flow_gradients.md").write_text(head + "\n".join(lines) + "\n")
-    print(head + "\n".join(lines))
 
 
 if __name__ == "__main__":
