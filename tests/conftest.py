@@ -22,7 +22,8 @@ def load_script(path):
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # dataclasses and cloudpickle look modules up by name
         spec.loader.exec_module(module)
-        cloudpickle.register_pickle_by_value(module)  # worker processes cannot import it
+    # Worker processes cannot import it. Outside the `if`: benchmark/launch.py may have loaded it.
+    cloudpickle.register_pickle_by_value(sys.modules[name])
     return sys.modules[name]
 
 
