@@ -29,15 +29,19 @@ python benchmark/launch.py --algos fmq "fixed=fmq --no-adaptive-eta" \
     "gradient=fmq --no-normalize-grad" --tasks cube-triple-task4 scene-task5 --seeds 0 1 2 3 4 \
     --out runs/fmq-tables/radius "$@"
 
-# Sweep of the beam search (rounds; beam, branches). Search changes no training: with --evaluate and
-# other --qgbs flags a script refuses, so each setting is a run of its own.
-python benchmark/launch.py --algos \
-    "k0-m32=fmq --qgbs-rounds 0 --qgbs-beam 32 --qgbs-eta 0" \
-    "k1-m4-b4=fmq --qgbs-rounds 1 --qgbs-beam 4 --qgbs-branches 4" \
-    "k1-m2-b8=fmq --qgbs-rounds 1 --qgbs-beam 2 --qgbs-branches 8" \
-    "k1-m1-b16=fmq --qgbs-rounds 1 --qgbs-beam 1 --qgbs-branches 16" \
-    "k2-m4-b4=fmq --qgbs-rounds 2 --qgbs-beam 4 --qgbs-branches 4" \
-    "k2-m4-b16=fmq --qgbs-rounds 2 --qgbs-beam 4 --qgbs-branches 16" \
-    --tasks "${TASKS[@]}" --seeds 0 1 2 3 4 --out runs/fmq-tables/search "$@"
+# Sweep of the beam search (rounds; beam, branches). Search changes no training, so these are
+# evaluations of the main table's finished runs, one after another (with --workers; else printed).
+go() { echo "$@"; }
+if [[ " $* " == *" --workers "* ]]; then
+    go() { "$@" | tee -a runs/fmq-tables/search.txt; }
+fi
+for run in runs/fmq-tables/main/fmq/*/*/*/; do
+    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 0 --qgbs-beam 32 --qgbs-eta 0
+    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 1 --qgbs-beam 4 --qgbs-branches 4
+    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 1 --qgbs-beam 2 --qgbs-branches 8
+    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 1 --qgbs-beam 1 --qgbs-branches 16
+    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 2 --qgbs-beam 4 --qgbs-branches 4
+    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 2 --qgbs-beam 4 --qgbs-branches 16
+done
 
 # Time of one decision: python benchmark/speed.py --methods "FMQ offline" QC

@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import json
 
 import gymnasium
 import jax
@@ -13,6 +14,7 @@ import ogbench  # noqa: F401  registers the ant mazes
 import pytest
 from conftest import ROOT, SCRIPTS, load_script
 from mujoco.mjx._src import collision_convex, collision_driver, collision_primitive, math
+from test_sac_flow_runs import interrupt_at, metrics, only_run
 
 STEPS, STARTS = 10, 32
 MAZE = "antmaze-medium-singletask-task1-v0"
@@ -64,7 +66,8 @@ def starts(gym_id, rng):
             angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(4, 7)
             qvel[:2] = speed * np.array([np.cos(angle), np.sin(angle)])
         if env.model.jnt_type[0] == 0:  # dropped, every other one tumbling
-            qpos[2] -= rng.uniform(0.1, 0.25)
+            height = rng.uniform(0.1, 0.25)
+            qpos[2] += height if "Standup" in gym_id else -height  # that one starts on its back
             qvel[2] = -rng.uniform(0, 4)
             if k % 2:
                 qpos[3:7] = rng.normal(size=4)
@@ -149,9 +152,9 @@ def compare(gym_id, newton=False):
     return start_obs, [x[:, :STARTS] for x in out], [x[:, STARTS:] for x in out]
 
 
-@pytest.mark.parametrize("gym_id", [*LOCOMOTION, MAZE])
+@pytest.mark.parametrize("gym_id", [*LOCOMOTION, "HumanoidStandup-v5", MAZE])
 def test_steps_match_the_official_environment(gym_id):
-    newton = gym_id == "Humanoid-v5"  # see the next test
+    newton = gym_id.startswith("Humanoid")  # see the next test
     (_, _, after, obs, reward, terminated), reset_obs, contacts = rollouts(gym_id, newton)
     start_obs, rolled, single = compare(gym_id, newton)
     np.testing.assert_allclose(start_obs, reset_obs, rtol=0, atol=1e-9)
@@ -361,9 +364,69 @@ def test_mjx_uses_what_replaces_them():
         assert mended.__closure__[0].cell_contents.__module__.startswith("cleanflow_")
 
 
-# ---- the flag ----
+# ---- training online ----
 
 HAVE_MJX = [stem for stem in SCRIPTS if "class Mjx(" in (ROOT / f"algos/{stem}.py").read_text()]
+TINY = "--env-backend mjx --batch-size 4 --checkpoint-interval 5 --updates-per-dispatch 5"
+TINY += " --eval-interval 20 --eval-episodes 1"
+RUNS = {
+    "gsflow": "--hidden-dims 8 --prior-hidden-dims 8 --offline-steps 10 --online-steps 30"
+    " --num-envs 2",
+    "fmq": "--hidden-dims 8 --num-samples 2 --offline-steps 10 --online-steps 30"
+    " --learning-starts 10",
+    "sac_flow": "--hidden-dim 8 --critic-hidden-dims 8 --policy gaussian --online-steps 40"
+    " --learning-starts 10 --num-envs 2",
+}
+
+
+def coast(self, state, action):
+    """In place of the engine, which takes a minute to compile: positions and velocities move."""
+    qvel = 0.9 * state.qvel + 0.1 * action.mean()
+    return state._replace(qpos=state.qpos + 0.05 * state.qpos * qvel.mean(), qvel=qvel)
+
+
+def place(self, qpos, qvel):
+    """In place of the engine's kinematics."""
+    module = inspect.getmodule(type(self))
+    return module.MjxState(qpos, qvel, qvel, qpos[0], jnp.zeros(0), jnp.asarray(False))
+
+
+def maze_file(directory):
+    """Two short random episodes under the name of the official dataset."""
+    rng = np.random.default_rng(0)
+    obs = rng.normal(size=(40, 29)).astype(np.float32)
+    data = dict(observations=obs, qpos=obs[:, :15], qvel=obs[:, 15:])
+    data |= dict(actions=rng.uniform(-1, 1, (40, 8)), terminals=np.arange(40) % 20 == 19)
+    np.savez(directory / "antmaze-medium-navigate-v0.npz", **data)
+
+
+@pytest.mark.parametrize("stem", HAVE_MJX)
+def test_trains_online_and_resumes_in_mid_episode(stem, tmp_path, monkeypatch):
+    """The simulators' state is in the checkpoint: parts of a run end like the whole, bit for bit."""
+    module = load_script(ROOT / "algos" / f"{stem}.py")
+    monkeypatch.setattr(module.Mjx, "simulate", coast)
+    monkeypatch.setattr(module.Mjx, "at", place)
+    maze_file(tmp_path)
+    flags = f"{TINY} {RUNS[stem]} "
+    if stem == "sac_flow":
+        flags += "--env-id Hopper-v5"
+    else:
+        flags += f"--env-id antmaze-medium --dataset-dir {tmp_path}"
+    ends = []
+    for name, steps in (("whole", []), ("parts", [15, 30])):
+        (tmp_path / name).mkdir()
+        with monkeypatch.context() as patch:
+            interrupt_at(module, tmp_path / name, flags.split(), steps, patch)
+        ends.append(only_run(tmp_path / name))
+    whole, parts = ends
+    assert json.loads((whole / "result.json").read_text())["steps"] == 40
+    saved = [(run / "checkpoint.msgpack").read_bytes() for run in ends]
+    assert saved[0] == saved[1] and metrics(whole) == metrics(parts)
+    envs = str(module.load_checkpoint(whole)[0]["envs"])
+    assert "qpos" in envs and "nan" not in envs
+
+
+# ---- the flag ----
 
 
 def ask(stem, name, **flags):

@@ -325,7 +325,7 @@ RUNS = {
 def interrupt_at(sac, run_dir, flags, steps, monkeypatch):
     """Train in this process and stop right behind the first checkpoint at or after each step."""
     wanted, save = iter(steps), sac.save_checkpoint
-    target = [next(wanted)]
+    target = [next(wanted, None)]
 
     class Stop(Exception):
         pass
