@@ -402,7 +402,7 @@ def maze_file(directory):
 
 @pytest.mark.parametrize("stem", HAVE_MJX)
 def test_trains_online_and_resumes_in_mid_episode(stem, tmp_path, monkeypatch):
-    """The simulators' state is in the checkpoint: parts of a run end like the whole, bit for bit."""
+    """The simulators' state is in the checkpoint: parts end like the whole, bit for bit."""
     module = load_script(ROOT / "algos" / f"{stem}.py")
     monkeypatch.setattr(module.Mjx, "simulate", coast)
     monkeypatch.setattr(module.Mjx, "at", place)
