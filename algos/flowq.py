@@ -2006,6 +2006,13 @@ def run(args):
     """Resolve the arguments, then train or evaluate."""
     task = parse_task(args.env_id, OTHER_TASKS)
     args = resolve(args, task)
+    if args.resume and args.lr_decay:
+        steps = read_args(args.resume, [], Args()).offline_steps
+        if steps != args.offline_steps:
+            raise UserError(
+                f"--lr-decay ends at --offline-steps, {steps} in {args.resume}, which cannot "
+                "change; start a new run"
+            )
     if args.matmul_precision != "default":
         jax.config.update("jax_default_matmul_precision", args.matmul_precision)
     evaluate_only(args, task) if args.evaluate else train(args, task)

@@ -178,11 +178,12 @@ def test_flags_that_do_not_parse(flowq, tmp_path, capsys, monkeypatch, flags):
 
 
 def test_flags_that_do_not_fit_a_run(flowq, references, capsys):
-    for flags, message in (
-        ("--guidance-lambda 1", "--guidance-lambda was 100.0"),
-        ("--offline-steps 200", "is complete at step 200"),
+    for name, flags, message in (
+        ("maze", "--guidance-lambda 1", "--guidance-lambda was 100.0"),
+        ("maze", "--offline-steps 200", "is complete at step 200"),
+        ("toy", "--offline-steps 300", "--lr-decay ends at --offline-steps, 200"),
     ):
-        argv = ["--resume", str(references["maze"]), *flags.split()]
+        argv = ["--resume", str(references[name]), *flags.split()]
         assert flowq.command_line(flowq.run, flowq.Args, argv) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 from gymnasium.experimental.functional import FuncEnv
+from test_sac_flow_policies import step_gradients
 
 SCRIPT = ROOT / "algos" / "sac_flow.py"
 TINY = dict(hidden_dim=8, d_model=8, critic_hidden_dims=(8,), batch_size=8, flow_steps=2)
@@ -463,7 +464,18 @@ def test_pendulum_is_learned(tmp_path, sac):
     evaluate = sac.make_evaluate(task, sac.Pendulum(), {"": random}, args)
     chance = evaluate(untrained, 0)["return"].mean()
     launch("--online-steps", 10_000, "--eval-interval", 5_000, "--out-dir", tmp_path)
-    result = json.loads((only_run(tmp_path) / "result.json").read_text())
+    run = only_run(tmp_path)
+    result = json.loads((run / "result.json").read_text())
     assert len(result["episodes"]["return_stochastic"][0]) == 50
     assert result["eval/return_stochastic"] >= -300, result["eval/return_stochastic"]
     assert max(before, chance) < -800
+
+    # trained, its gradient still reaches the first step of the rollout and does not grow on the way
+    tree, _ = sac.load_checkpoint(run)
+    trained = jax.tree.map(lambda x: x[0], sac.restore(untrained, tree["state"], run))
+    nets = sac.make_networks(args, 1)
+    rows = tree["replay"]["rows"]["obs"][0]
+    obs = jnp.asarray(rows[np.random.default_rng(0).integers(0, 10_000, 256)])
+    actor = (trained.params["actor"], trained.stats["actor"])
+    norms = step_gradients(nets, *actor, args, obs, jax.random.key(0))
+    assert 0.02 < norms[0] / norms[-1] < 2, norms
