@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import cloudpickle
 import gymnasium
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,7 @@ def load_script():
     module = importlib.util.module_from_spec(spec)
     sys.modules["sac_flow"] = module
     spec.loader.exec_module(module)
+    cloudpickle.register_pickle_by_value(module)  # the simulators' processes cannot import it
     return module
 
 
