@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The "no GPU" table: small networks and short runs, each at most 20 minutes on two CPU cores.
+# The "no GPU" table: small networks and short runs, each at most 20 minutes on two CPU cores. First
+# settings: what they have reached so far stands in README, "Without a GPU".
 #   bash benchmark/no_gpu.sh                          print all commands
 #   bash benchmark/no_gpu.sh --workers 2              run them, two at a time, a core each
 # Needs the data: python benchmark/collect.py antmaze-large; python benchmark/collect.py cube-single
