@@ -14,7 +14,7 @@ import ogbench  # noqa: F401  registers the ant mazes
 import pytest
 from conftest import ROOT, SCRIPTS, load_script
 from mujoco.mjx._src import collision_convex, collision_driver, collision_primitive, math
-from test_sac_flow_runs import interrupt_at, metrics, only_run
+from test_sac_flow_runs import whole_and_parts
 
 STEPS, STARTS = 10, 32
 MAZE = "antmaze-medium-singletask-task1-v0"
@@ -412,16 +412,8 @@ def test_trains_online_and_resumes_in_mid_episode(stem, tmp_path, monkeypatch):
         flags += "--env-id Hopper-v5"
     else:
         flags += f"--env-id antmaze-medium --dataset-dir {tmp_path}"
-    ends = []
-    for name, steps in (("whole", []), ("parts", [15, 30])):
-        (tmp_path / name).mkdir()
-        with monkeypatch.context() as patch:
-            interrupt_at(module, tmp_path / name, flags.split(), steps, patch)
-        ends.append(only_run(tmp_path / name))
-    whole, parts = ends
+    whole, _ = whole_and_parts(module, tmp_path, flags.split(), [15, 30], monkeypatch)
     assert json.loads((whole / "result.json").read_text())["steps"] == 40
-    saved = [(run / "checkpoint.msgpack").read_bytes() for run in ends]
-    assert saved[0] == saved[1] and metrics(whole) == metrics(parts)
     envs = str(module.load_checkpoint(whole)[0]["envs"])
     assert "qpos" in envs and "nan" not in envs
 

@@ -347,22 +347,26 @@ def interrupt_at(sac, run_dir, flags, steps, monkeypatch):
     assert sac.command_line(sac.run, sac.Args, argv) == 0
 
 
+def whole_and_parts(sac, directory, flags, steps, monkeypatch):
+    """The same run uninterrupted and interrupted, which must end alike; their run directories."""
+    runs = []
+    for name, stops in (("whole", []), ("parts", steps)):
+        (directory / name).mkdir()
+        with monkeypatch.context() as patch:
+            interrupt_at(sac, directory / name, flags, stops, patch)
+        runs.append(only_run(directory / name))
+    whole, parts = runs
+    saved = [(run / "checkpoint.msgpack").read_bytes() for run in runs]
+    assert saved[0] == saved[1]
+    assert metrics(whole) == metrics(parts)
+    return whole, parts
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_interrupted_runs_end_bit_identical(sac, name, tmp_path, monkeypatch):
     """Stopped at checkpoints in every phase, against a run that nobody interrupted."""
     flags, steps = RUNS[name]
-    (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(sac, "StopSignal", lambda: type("Never", (), {"number": None})())
-        argv = [*map(str, flags), "--out-dir", str(tmp_path / "whole")]
-        assert sac.command_line(sac.run, sac.Args, argv) == 0
-    with monkeypatch.context() as patch:
-        interrupt_at(sac, tmp_path / "parts", flags, steps, patch)
-    whole, parts = only_run(tmp_path / "whole"), only_run(tmp_path / "parts")
-    assert (whole / "checkpoint.msgpack").read_bytes() == (
-        parts / "checkpoint.msgpack"
-    ).read_bytes()
-    assert metrics(whole) == metrics(parts)
+    whole, _ = whole_and_parts(sac, tmp_path, flags, steps, monkeypatch)
     if name == "pendulum":
         check_a_finished_run(sac, whole)
 
