@@ -1,10 +1,11 @@
-"""Run algorithms x tasks x seeds: print the commands, run them with N workers, or on SLURM.
+"""Run algorithms x tasks x seeds: print the commands, run them with N workers, or on SLURM; watch.
 
     python benchmark/launch.py --algos gsflow --tasks pointmaze-medium --seeds 0 1 2
     python benchmark/launch.py --algos gsflow --tasks pointmaze-medium --seeds 0 1 2 --workers 2
     python benchmark/launch.py --algos gsflow --tasks antmaze-large cube-double --slurm jobs.sh
     python benchmark/launch.py --algos gsflow "fql=gsflow --prior gaussian --student deterministic"
         --tasks "antmaze-large --alpha 10" scene -- --num-seeds 4              (all in one line)
+    python benchmark/launch.py --status runs                                  # Ctrl-C ends it only
 
 An algorithm is `[LABEL=]SCRIPT [FLAGS]`, a task `TASK [FLAGS]`; what follows a lone `--` goes to
 every run. The flags are checked, and the task's defaults filled in, before anything starts.
@@ -14,9 +15,15 @@ arguments, in whatever way they were given. A run with a result.json there is fi
 again; one with a checkpoint is resumed; so the same command goes on after a crash, a Ctrl-C or a
 time limit. Ctrl-C stops the runs at their next dispatch, with a checkpoint; twice stops them at
 once. The log of a run is log.txt beside its run directory.
+
+--status OUT shows the runs that launchers have begun below OUT, anew every two seconds until a
+Ctrl-C: progress, rate, ETA, the headline metric of the last evaluation, the last line of the log
+where a run failed. It starts and changes nothing. The ETA takes the rate of the last dispatch, so
+it leaves out evaluations and, before it begins, that an online phase is slower.
 """
 
 import contextlib
+import csv
 import dataclasses
 import fcntl
 import hashlib
@@ -24,6 +31,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -57,6 +65,8 @@ class Args:
     slurm_template: str = str(HERE / "slurm_array.sh")  # template of that script
     index: int | None = None  # only the run of this number (an element of the SLURM array)
     algos_dir: str = str(HERE.parent / "algos")  # where the scripts are
+    status: str | None = None  # show the runs below this directory and start nothing
+    once: bool = False  # with --status: print the table once (also done where there is no terminal)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +117,7 @@ def load_script(path):
 
 
 def resolve(script, flags, where):
-    """The arguments with which the script's `run` would call its `train`, or its refusal."""
+    """The arguments with which the script's `main` would call its `train`, or its refusal."""
     found, refusal, train = [], io.StringIO(), script.train
     script.train = lambda args, task: found.append(args)
     try:
@@ -115,7 +125,7 @@ def resolve(script, flags, where):
             args = tyro.cli(script.Args, args=list(flags), prog=where)
             if args.resume or args.evaluate:
                 raise UserError("--resume and --evaluate belong to the scripts, not to a launch")
-            script.run(args)
+            script.main(args)
         return found[0]
     except script.UserError as e:
         raise UserError(f"{where}: {e}") from e
@@ -232,15 +242,14 @@ class Launch:
             self.before.append(job)
             return
         job.home.mkdir(parents=True, exist_ok=True)
-        lock = open(job.home / "lock", "w")  # noqa: SIM115  held by the run itself, until it ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        lock = open(job.home / "lock", "w")  # held by the run itself, until it ends
+        if not take(lock, tries=4):
             lock.close()
             self.failed.append((job, f"another launcher is running it, see {job.log}"))
             return
         facts = dict(label=job.label, script=job.script.stem, flags=job.flags)
-        (job.home / "launch.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (job.home / "launch.tmp").write_text(json.dumps(facts, indent=2) + "\n")
+        (job.home / "launch.tmp").replace(job.home / "launch.json")  # a --status may be reading it
         env = dict(os.environ)
         if self.devices:
             env["CUDA_VISIBLE_DEVICES"] = self.devices[worker % len(self.devices)]
@@ -297,12 +306,153 @@ class Launch:
         return 130 if left else int(bool(self.failed))
 
 
-def last_line(path):
-    """The last line of a log that is not empty; a log begins with the command."""
+def take(lock, tries=1):
+    """Lock an open file unless another process holds it; several tries outlast a --status."""
+    for _ in range(tries):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.05 * (tries > 1))
+    return False
+
+
+def last_lines(path):
+    """The last lines of a log (4 KB), empty ones left out, since its last command."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
-        lines = [x for x in file.read().decode(errors="replace").splitlines() if x.strip()]
-    return "starting" if lines[-1].startswith("$ ") else lines[-1].strip()
+        lines = [x.strip() for x in file.read().decode(errors="replace").splitlines() if x.strip()]
+    begins = [i + 1 for i, line in enumerate(lines) if line.startswith("$ ")]
+    return lines[begins[-1] :] if begins else lines
+
+
+def last_line(path):
+    """The last line of a log that is not empty; a log begins with the command."""
+    return ["starting", *last_lines(path)][-1]
+
+
+# ---- watching ----
+PROGRESS = re.compile(r"\w+ ([\d,]+)/([\d,]+)  ([\d,.]+)/s  ETA ")  # a line of a script's log
+STATES = ("running", "failed", "stopped", "finished")
+TITLES = ("run", "state", "progress", "rate", "ETA", "last evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What the files of a run say; `step`, `total` and `rate` (steps/s) are None where unknown."""
+
+    name: str
+    state: str  # one of STATES
+    line: str  # the last one of the log
+    step: int | None
+    total: int | None
+    rate: float | None
+    value: str  # headline metric of the last evaluation
+
+    def row(self):
+        """The texts below TITLES."""
+        progress = rate = eta = ""
+        if self.step is not None:
+            progress = f"{self.step:,}"
+            if self.total:
+                progress += f"/{self.total:,} {self.step / self.total:.0%}"
+        if self.rate and self.state == "running":
+            rate = f"{self.rate:,.1f}/s"
+            eta = duration((self.total - self.step) / self.rate) if self.total else ""
+        return self.name, self.state, progress, rate, eta, self.value
+
+
+def duration(seconds):
+    """Rounded: 80 s, 25 min, 3 h 05."""
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min" if seconds > 90 else f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02}"
+
+
+def read_status(home):
+    """The Status of the run in this directory of a launcher's, or None where it has not begun."""
+    log, directories = home / "log.txt", sorted(home.glob("*/args.json"))
+    if not log.is_file():
+        return None
+    facts, lines = json.loads((home / "launch.json").read_text()), last_lines(log)
+    name = f"{facts['label']} {home.parent.name} seed {home.name.partition('-')[0]}"
+    step = total = rate = None
+    value = ""
+    if directories:
+        args = json.loads(directories[-1].read_text()).get("args", {})
+        total = (args.get("offline_steps") or 0) + (args.get("online_steps") or 0) or None
+        step, value = last_evaluation(directories[-1].with_name("metrics.csv"))
+    if said := [m for m in map(PROGRESS.match, lines) if m]:
+        done, end, rate = (float(x.replace(",", "")) for x in said[-1].groups())
+        step, total = max(step or 0, int(done)), total or int(end)
+    state = "failed"
+    if next(home.glob("*/result.json"), None):
+        state, step = "finished", total
+    elif is_held(home / "lock"):
+        state = "running"
+    elif lines and lines[-1].startswith("stopped;"):
+        state = "stopped"
+    return Status(name, state, lines[-1] if lines else "starting", step, total, rate, value)
+
+
+def is_held(path):
+    """Does a run hold this lock?"""
+    if not path.is_file():
+        return False
+    with open(path, "a") as lock:  # NFS locks only what is open for writing
+        return not take(lock)
+
+
+def last_evaluation(path):
+    """metrics.csv -> (last step or None, 'success 0.44 at 10,000': the mean over seeds, or '')."""
+    if not path.is_file():
+        return None, ""
+    with open(path, newline="") as file:
+        rows = [r for r in csv.DictReader(file) if None not in r.values()]  # no half-written line
+    name = next((k for k in (rows[0] if rows else ()) if k.startswith("eval/")), None)
+    evaluated = [r for r in rows if name and r[name]]
+    if not evaluated:
+        return int(rows[-1]["step"]) if rows else None, ""
+    step = evaluated[-1]["step"]
+    values = [float(r[name]) for r in evaluated if r["step"] == step]
+    text = f"{name.removeprefix('eval/')} {sum(values) / len(values):.2f} at {int(step):,}"
+    return int(rows[-1]["step"]), text
+
+
+def format_status(runs, width, height):
+    """A table of Status, running ones first, in at most `height` lines of `width` characters."""
+    count = {state: sum(r.state == state for r in runs) for state in STATES}
+    head = f"{len(runs)} runs: " + ", ".join(f"{n} {state}" for state, n in count.items() if n)
+    table = [TITLES]
+    for run in sorted(runs, key=lambda r: (STATES.index(r.state), r.name)):
+        table += [run.row()] + ([f"  {run.line}"] if run.state == "failed" else [])
+    rows = [row for row in table if isinstance(row, tuple)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(TITLES))]
+    lines = [head]
+    for row in table:
+        cells = [row] if isinstance(row, str) else map(str.ljust, row, widths)
+        lines.append("  ".join(cells).rstrip())
+    if len(lines) > height:
+        left = len(lines) - height + 1
+        lines = [*lines[: height - 1], f"... {left} more lines; --once prints them all"]
+    return "\n".join(line[:width] for line in lines)
+
+
+def watch(out, once):
+    """Show the table of runs below `out`, again and again at a terminal -> exit code."""
+    live = sys.stdout.isatty() and not once
+    size, clear = os.terminal_size((1000, sys.maxsize)), ""
+    while True:
+        homes = sorted(path.parent for path in Path(out).rglob("launch.json"))
+        runs = [run for run in map(read_status, homes) if run]
+        if not runs:
+            raise UserError(f"no run of a launcher below {out}; give the --out of a launch")
+        if live:
+            size, clear = shutil.get_terminal_size(), "\x1b[H\x1b[J"
+        print(clear + format_status(runs, size.columns, size.lines - 1), flush=True)
+        if not live:
+            return 0
+        time.sleep(2)
 
 
 # ---- main ----
@@ -311,6 +461,10 @@ def main(argv):
     cut = argv.index("--") if "--" in argv else len(argv)
     args, extra = tyro.cli(Args, description=__doc__, args=argv[:cut]), argv[cut + 1 :]
     try:
+        if args.status:
+            with contextlib.suppress(KeyboardInterrupt):
+                return watch(args.status, args.once)
+            return 0
         jobs = expand(args, extra)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -1,11 +1,14 @@
-"""Tables and learning curves from run directories.
+"""Tables, learning curves and videos from run directories.
 
     python benchmark/report.py runs                    # every run below runs/ -> runs/report/
     python benchmark/report.py runs --out benchmark/results/pointmaze
+    python benchmark/report.py runs --steps-to 0.5     # and: how soon was a success of 0.5 reached?
 
-Writes report.md and one picture of learning curves per kind of data. Runs on official data, on
-collected data, on generated data and without a dataset never share a table. A score is one seed's
-mean over the episodes of its final evaluation. Columns:
+Writes report.md with one picture of learning curves per kind of data, and report.html, one file
+that needs neither a server nor the network: the same, with the videos and pictures of the run
+directories, the settings that differ and links to the logs. Runs on official data, on collected
+data, on generated data and without a dataset never share a table. A score is one seed's mean over
+the episodes of its final evaluation. Columns:
 
   mean, deviation   over all seeds (deviation with n - 1)
   IQM               mean of the middle half of the scores: floor(n / 4) of them fall away at each
@@ -19,12 +22,20 @@ where a label stands for several settings, the arguments in which they differ ar
 finished runs of the same seed count once, the newest.
 """
 
+import base64
 import collections
 import csv
 import dataclasses
+import functools
+import html
 import json
+import math
+import os
+import string
 import sys
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import tyro
@@ -47,7 +58,11 @@ class Args:
     out: str | None = None  # where the report goes (default: report/ in the first directory)
     published: str = str(HERE / "published.json")  # numbers of others, a source each
     resamples: int = 10_000  # of the bootstrap
-    pictures: bool = True  # draw learning curves
+    pictures: bool = True  # draw learning curves beside report.md
+    steps_to: float | None = None
+    """also list when each seed's headline metric first reached this value, and compare methods"""
+    embed_mb: float = 20.0
+    """videos and pictures in report.html, MB together; what is left over, or large, is linked"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +77,10 @@ class Run:
     @property
     def args(self):
         return self.facts["args"]
+
+    @property
+    def seeds(self):
+        return [self.args["seed"] + i for i in range(self.args.get("num_seeds", 1))]
 
     @property
     def kind(self):
@@ -80,12 +99,13 @@ class Run:
         episodes = self.result["episodes"].items()
         seeds = self.result["seeds"]
         scores = {k: dict(zip(seeds, np.mean(v, axis=1), strict=True)) for k, v in episodes}
-        for row in self.rows():
+        for row in self.rows:
             if row.get(COLUMN["training_return"]):
                 last = scores.setdefault("training_return", {})
                 last[int(row["seed"])] = float(row[COLUMN["training_return"]])
         return scores
 
+    @functools.cached_property
     def rows(self):
         """The lines of metrics.csv."""
         with open(self.directory / "metrics.csv", newline="") as file:
@@ -185,7 +205,7 @@ def read_curves(group, column):
     """Evaluations of a group: steps (T,), seconds (T,), values (T, seeds) of the common steps."""
     points = collections.defaultdict(dict)
     for run in group.runs:
-        for row in run.rows():
+        for row in run.rows:
             if row.get(column):
                 point = (float(row["time/train_seconds"]), float(row[column]))
                 points[int(row["step"])][int(row["seed"])] = point
@@ -195,6 +215,129 @@ def read_curves(group, column):
     steps = sorted(s for s, p in points.items() if len(p) == full)
     table = np.array([[points[s][seed] for seed in sorted(points[s])] for s in steps])
     return np.array(steps), table[..., 0].mean(axis=1), table[..., 1]
+
+
+class Curve(NamedTuple):
+    """Mean over seeds at the T evaluations that all seeds have; low, high: its IQM's interval."""
+
+    task: str
+    group: int  # number of the method on its task
+    headline: bool  # the method's first mode of evaluation
+    name: str
+    steps: np.ndarray
+    seconds: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def make_curves(groups):
+    """Every method's modes on every task -> [Curve]."""
+    curves, number = [], collections.Counter()
+    for group in groups:
+        for i, metric in enumerate(group.modes()):
+            steps, seconds, values = read_curves(group, COLUMN.get(metric, f"eval/{metric}"))
+            if len(steps):
+                band = np.array([bootstrap_interval([v], 1_000) for v in values])
+                mode = metric.partition("_")[2]
+                name = f"{group.label} {mode} ({values.shape[1]})".replace("  ", " ")
+                facts = (group.task, number[group.task], i == 0, name)
+                curves.append(Curve(*facts, steps, seconds, values.mean(axis=1), *band.T))
+        number[group.task] += 1
+    return curves
+
+
+# ---- steps to a target ----
+UNITS = ("steps", "online", "seconds")  # in which methods are compared
+
+
+class Reach(NamedTuple):
+    """The first evaluation that reached the target, or the last one of a seed that never did."""
+
+    reached: bool
+    steps: int
+    online: int | None  # the steps of the online phase among them, None where there is none
+    seconds: float  # of training
+
+
+def first_reach(group, threshold):
+    """{seed: Reach} of the headline metric; the newest run of a seed counts.
+
+    FMQ's figure 3 (arXiv 2605.12416) compares the online steps to one threshold.
+    """
+    metric, found = group.modes()[0], {}
+    column = COLUMN.get(metric, f"eval/{metric}")
+    offline = group.args.get("offline_steps") or 0
+    for run in group.runs:
+        points = collections.defaultdict(list)
+        for row in run.rows:
+            if row.get(column):
+                step, seconds = int(row["step"]), float(row["time/train_seconds"])
+                online = max(0, step - offline) if group.args.get("online_steps") else None
+                reached = float(row[column]) >= threshold
+                points[int(row["seed"])].append(Reach(reached, step, online, seconds))
+        for seed, evaluations in points.items():
+            found[seed] = next((e for e in evaluations if e.reached), evaluations[-1])
+    return dict(sorted(found.items()))
+
+
+def median_reach(reaches, unit):
+    """Median over seeds, those that never reached the target as later than all -> (median, exact).
+
+    Where no median is left, the number is a lower bound of it (exact: False), from the length of
+    the runs; where the run has no such unit (online steps), None.
+    """
+    values = [getattr(r, unit) for r in reaches]
+    if None in values:
+        return None
+    late = [v if r.reached else math.inf for v, r in zip(values, reaches, strict=True)]
+    median = float(np.median(late))
+    return (median, True) if math.isfinite(median) else (float(np.median(values)), False)
+
+
+def compare(median, fastest):
+    """'12,000 (2.40 x)': a median and its multiple of the fastest method's."""
+    if median is None:
+        return ""
+    more = "" if median[1] else "> "
+    ratio = f" ({more}{median[0] / fastest[0]:.2f} x)" if fastest and fastest[0] else ""
+    return f"{more}{median[0]:,.0f}{ratio}"
+
+
+def reach_text(seed, reach):
+    """'0: 4,000 (11 s)': a seed, its step and its training seconds."""
+    never = "" if reach.reached else "not reached by "
+    return f"{seed}: {never}{reach.steps:,} ({reach.seconds:,.0f} s)"
+
+
+def reach_rows(groups, threshold):
+    """Rows of REACH_HEADER: per task the methods, each against the one of the fewest steps."""
+    rows = []
+    for task in dict.fromkeys(group.task for group in groups):
+        members = [(g, first_reach(g, threshold)) for g in groups if g.task == task]
+        members = [(g, reaches) for g, reaches in members if reaches]
+        medians = [{u: median_reach(r.values(), u) for u in UNITS} for _, r in members]
+        known = [m for m in medians if m["steps"][1]]
+        fastest = min(known, key=lambda m: m["steps"], default=dict.fromkeys(UNITS))
+        for (group, reaches), median in zip(members, medians, strict=True):
+            row = [task.removesuffix("-v0"), group.label, group.modes()[0]]
+            row += [f"{sum(r.reached for r in reaches.values())} of {len(reaches)}"]
+            row += [compare(median[unit], fastest[unit]) for unit in UNITS]
+            rows.append((*row, "; ".join(reach_text(*item) for item in reaches.items())))
+    return rows
+
+
+REACH_HEADER = ("task", "method", "metric", "seeds that did", "median steps", "online steps")
+REACH_HEADER += ("training seconds", "seed: first step (training seconds)")
+REACH_TEXT = (
+    "The first evaluation of each seed at which the method's headline metric is at least {:g}: one "
+    "good evaluation is enough, and the interval of evaluations is the resolution. Medians over "
+    "seeds; in brackets, their multiple of the median of the method with the fewest steps. A seed "
+    "that never did counts as later than all others; where that leaves no median, > gives a bound, "
+    "from the length of the runs. Seconds are those of training, without compilation and "
+    "evaluation, of all seeds of a run together: they compare runs with equally many seeds on the "
+    "same machine."
+)
 
 
 # ---- published numbers ----
@@ -273,88 +416,417 @@ def over_tasks(groups, resamples):
     return rows
 
 
-def write_tables(groups, published, resamples):
-    """The tables of all kinds of data as Markdown lines."""
-    lines, cited = [], {}
-    for kind in KINDS:
-        if not groups.get(kind):
-            continue
+@dataclasses.dataclass
+class Section:
+    """What there is to say about the runs of one kind of data."""
+
+    kind: str
+    groups: list
+    rows: list  # of HEADER
+    pooled: list  # of POOLED_HEADER
+    reaches: list  # of REACH_HEADER
+    curves: list
+    facts: list  # sentences
+
+
+POOLED_HEADER = ("method", "metric", "tasks", "scores", "mean over tasks", "IQM [95%]")
+AVERAGES_HEADER = ("method", "over", "success", "source")
+
+
+def make_sections(groups, published, args):
+    """{kind: groups} -> [Section], {source: its number}."""
+    sections, cited = [], {}
+    for kind in (kind for kind in KINDS if groups.get(kind)):
         members = groups[kind]
         rows = [
-            row_of(group, metric, published, cited, resamples)
+            row_of(group, metric, published, cited, args.resamples)
             for group in members
             for metric in group.modes()
         ]
-        lines += [f"## {TITLES[kind]}", "", *markdown_table(HEADER, rows), ""]
-        if pooled := over_tasks(members, resamples):
-            header = ("method", "metric", "tasks", "scores", "mean over tasks", "IQM [95%]")
-            lines += ["All tasks of a method together:", "", *markdown_table(header, pooled), ""]
-        facts = [(run.facts, run.result) for group in members for run in group.runs]
+        pooled = over_tasks(members, args.resamples)
+        reaches = [] if args.steps_to is None else reach_rows(members, args.steps_to)
+        facts, runs = [], [run for group in members for run in group.runs]
         for name in ("device", "commit", "dataset_source"):
-            values = sorted({str(f[name]) for f, _ in facts})
-            lines += [f"{name}: {', '.join(values)}  "]
-        timings = {f["args"].get("success_timing") for f, _ in facts} - {None}
-        lines += [f"success timing: {', '.join(sorted(timings)) or 'none'}", ""]
-        lines += [f"![learning curves](curves_{kind}.png)", ""]
-    return lines + write_sources(groups, published, cited)
+            facts += [f"{name}: {', '.join(sorted({str(run.facts[name]) for run in runs}))}"]
+        timings = {run.args.get("success_timing") for run in runs} - {None}
+        facts += [f"success timing: {', '.join(sorted(timings)) or 'none'}"]
+        sections.append(Section(kind, members, rows, pooled, reaches, make_curves(members), facts))
+    return sections, cited
 
 
-def write_sources(groups, published, cited):
-    """Footnotes of the cited sources, averages of others, and why a column may be empty."""
+def make_sources(groups, published, cited):
+    """Averages of others as rows, why a column may be empty, and the cited sources as sentences."""
     scripts = {run.facts["algo"] for g in groups.values() for group in g for run in group.runs}
     official = {run.facts["algo"] for group in groups.get("official", ()) for run in group.runs}
-    averages, lines = [a for a in published["averages"] if a["script"] in official], []
-    if averages:
-        rows = []
-        for a in averages:
-            cited.setdefault(a["source"], len(cited) + 1)
-            interval = a.get("interval")
-            text = f"{a['value']:.3f}" + (f" [{interval[0]}, {interval[1]}]" if interval else "")
-            rows.append((a["method"], a["over"], text, f"[{cited[a['source']]}]"))
-        lines += ["## Averages that others published (not ours)", ""]
-        lines += [*markdown_table(("method", "over", "success", "source"), rows), ""]
-    for script in sorted(scripts & set(published["nothing_published"])):
-        lines += [f"Published column of {script}: {published['nothing_published'][script]}.", ""]
+    averages = []
+    for a in (a for a in published["averages"] if a["script"] in official):
+        cited.setdefault(a["source"], len(cited) + 1)
+        interval = a.get("interval")
+        text = f"{a['value']:.3f}" + (f" [{interval[0]}, {interval[1]}]" if interval else "")
+        averages.append((a["method"], a["over"], text, f"[{cited[a['source']]}]"))
+    nothing = published["nothing_published"]
+    notes = [f"Published column of {x}: {nothing[x]}." for x in sorted(scripts & set(nothing))]
     for source, number in sorted(cited.items(), key=lambda item: item[1]):
         s = published["sources"][source]
-        lines += [f"[{number}] {s['title']}. Protocol: {s['protocol']}. Caveat: {s['caveat']}.  "]
-    return lines
+        notes += [f"[{number}] {s['title']}. Protocol: {s['protocol']}. Caveat: {s['caveat']}."]
+    return averages, notes
 
 
-def draw_curves(groups, path):
+def write_markdown(sections, averages, notes, unfinished, args):
+    """report.md as one string."""
+    lines = ["# Results", ""]
+    for section in sections:
+        lines += [f"## {TITLES[section.kind]}", "", *markdown_table(HEADER, section.rows), ""]
+        if section.pooled:
+            lines += ["All tasks of a method together:", ""]
+            lines += [*markdown_table(POOLED_HEADER, section.pooled), ""]
+        if section.reaches:
+            lines += [f"Steps to {args.steps_to:g}:", ""]
+            lines += [*markdown_table(REACH_HEADER, section.reaches), ""]
+            lines += [REACH_TEXT.format(args.steps_to), ""]
+        lines += ["  \n".join(section.facts), ""]
+        if args.pictures:
+            lines += [f"![learning curves](curves_{section.kind}.png)", ""]
+    if averages:
+        lines += ["## Averages that others published (not ours)", ""]
+        lines += [*markdown_table(AVERAGES_HEADER, averages), ""]
+    for note in notes:
+        lines += [note, ""]
+    if unfinished:
+        lines += ["Not finished, and in no table:", ""]
+        lines += [f"- {run.directory}" for run in unfinished]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def draw_curves(section, path):
     """A row per task: mean over seeds with its IQM's 95% interval, by step and by wall-clock."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    tasks = sorted({group.task for group in groups})
+    tasks = sorted({group.task for group in section.groups})
     figure = Figure(figsize=(12, 3.4 * len(tasks)))
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(tasks), 2, squeeze=False, sharey="row")
     for task, row in zip(tasks, axes, strict=True):
-        for group in (g for g in groups if g.task == task):
-            for metric in group.modes():
-                steps, seconds, values = read_curves(group, COLUMN.get(metric, f"eval/{metric}"))
-                if not len(steps):
-                    continue
-                band = np.array([bootstrap_interval([v], 1_000) for v in values])
-                mode = metric.partition("_")[2]
-                name = f"{group.label} {mode} ({values.shape[1]})".replace("  ", " ")
-                for axis, x in zip(row, (steps, seconds), strict=True):
-                    (line,) = axis.plot(x, values.mean(axis=1), marker=".", label=name)
-                    axis.fill_between(x, *band.T, color=line.get_color(), alpha=0.15, lw=0)
-                offline = group.args.get("offline_steps")
-                if offline and group.args.get("online_steps"):
-                    row[0].axvline(offline, c="grey", ls=":", lw=1)
-        row[0].set(title=task, ylabel=group_metric(groups, task), xlabel="step")
+        for curve in (c for c in section.curves if c.task == task):
+            look = dict(color=COLORS[curve.group % len(COLORS)], marker=".", label=curve.name)
+            look |= {} if curve.headline else dict(ls="--", lw=0.8)
+            for axis, x in zip(row, (curve.steps, curve.seconds), strict=True):
+                axis.plot(x, curve.mean, **look)
+                axis.fill_between(x, curve.low, curve.high, color=look["color"], alpha=0.15, lw=0)
+        for start in online_starts(section.groups, task):
+            row[0].axvline(start, c="grey", ls=":", lw=1)
+        row[0].set(title=task, ylabel=group_metric(section.groups, task), xlabel="step")
         row[1].set(title="the same by wall-clock", xlabel="training seconds")
         row[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
 
+COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd")
+COLORS += ("#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+
+
+def online_starts(groups, task):
+    """Steps at which the methods' online phases begin, of those that have both phases."""
+    args = [group.args for group in groups if group.task == task]
+    both = [a for a in args if a.get("offline_steps") and a.get("online_steps")]
+    return sorted({a["offline_steps"] for a in both})
+
+
 def group_metric(groups, task):
     """success or return: the scale of a task's curves."""
     return next(g for g in groups if g.task == task).modes()[0].partition("_")[0]
+
+
+# ---- the page ----
+PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --fg: #1b1f24; --dim: #5b6570; --bg: #fff; --line: #d5dae0;
+  --stripe: #f4f6f8; }
+@media (prefers-color-scheme: dark) { :root { --fg: #e4e7ea; --dim: #9aa4ae; --bg: #14171a;
+  --line: #363c43; --stripe: #1d2126; } }
+body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: var(--bg); color: var(--fg);
+  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { margin: 0; } h2 { margin: 2.5rem 0 .5rem; border-bottom: 2px solid var(--line); }
+h3 { margin: 1.8rem 0 .4rem; } h4 { margin: 1.2rem 0 .3rem; }
+p, .dim { color: var(--dim); margin: .3rem 0; max-width: 60rem; }
+a { color: #2f7fd1; }
+.scroll { overflow-x: auto; margin: .4rem 0; }
+table { border-spacing: 0; font: 14px/20px system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 11px; text-align: left; white-space: nowrap; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+th { color: var(--dim); font-weight: 600; } .n { text-align: right; }
+td.long { white-space: normal; min-width: 15rem; max-width: 34rem; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--bg);
+  white-space: normal; max-width: 14rem; }
+small { color: var(--dim); font-size: 12px; }
+tr:hover td { background: var(--stripe); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  gap: .5rem 1.5rem; }
+.media { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 15rem), 1fr));
+  gap: 1rem; }
+figure { margin: 0; } figcaption { color: var(--dim); font-size: .8rem; }
+img, video { width: 100%; box-sizing: border-box; background: #fff; border-radius: 4px;
+  border: 1px solid var(--line); }
+svg { width: 100%; height: auto; display: block; } svg text { fill: var(--dim); font-size: 11px; }
+.axis { stroke: var(--line); } .band { opacity: .15; stroke: none; }
+.curve { fill: none; stroke-width: 1.8; } .other .curve { stroke-width: 1; stroke-dasharray: 4 3; }
+body:not(:has(#modes:checked)) .other { display: none; }
+.legend span { display: inline-block; margin-right: 1.1rem; font-size: .87rem; }
+.legend i { display: inline-block; width: 1.3em; margin-right: .4em; vertical-align: middle;
+  border-top: 3px solid; } .legend .other i { border-top: 2px dashed; }
+@media (max-width: 40rem) { small { display: block; line-height: 16px; }
+  table { font-size: 13px; } th { white-space: normal; } th, td { padding: 4px 6px; }
+  th:first-child, td:first-child { min-width: 8rem; } }
+@media (min-width: 60rem) { svg text { font-size: 9px; } }
+</style>
+<h1>$title</h1>
+<p>$summary</p>
+$body
+</html>
+""")
+MIME = {".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif", ".png": "image/png"}
+LARGE = 2e6  # bytes: larger files are linked
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+
+def escape(text):
+    return text if isinstance(text, Markup) else html.escape(str(text))
+
+
+def html_table(header, rows):
+    """A table that scrolls sideways below its first column, which stays."""
+    numbers = [any(cell_class(row[i]) == " class='n'" for row in rows) for i in range(len(header))]
+    titles = zip(header, numbers, strict=True)
+    lines = [f"<th{' class=n' if n else ''}>{escape(h)}</th>" for h, n in titles]
+    for row in rows:
+        lines += ["<tr>", *(f"<td{cell_class(cell)}>{escape(cell)}</td>" for cell in row)]
+    return f"<div class='scroll'><table><tr>{''.join(lines)}</table></div>"
+
+
+def html_scores(header, rows):
+    """A table whose first two columns, the method and what tells its rows apart, become one cell;
+    the scores come next, so that a phone shows them."""
+    first = [Markup(f"{escape(row[0])} <small>{escape(row[1])}</small>") for row in rows]
+    order = sorted(range(2, len(header)), key=lambda i: not header[i].startswith(("mean", "IQM")))
+    table = [(cell, *(row[i] for i in order)) for cell, row in zip(first, rows, strict=True)]
+    return html_table(("method", *(header[i] for i in order)), table)
+
+
+def cell_class(cell):
+    """Numbers stand at the right, long texts may break."""
+    if isinstance(cell, Markup):
+        return ""
+    if len(str(cell)) > 40:
+        return " class='long'"
+    return " class='n'" if str(cell).lstrip("-> ")[:1].isdigit() else ""
+
+
+def ticks(low, high, count=5):
+    """Round numbers from low to high, about `count` of them."""
+    raw = (high - low) / count or 1.0
+    size = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def short(number):
+    """30,000 -> 30k."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
+
+
+def svg_chart(curves, unit, y_label, marks=()):
+    """Learning curves with their intervals, by "steps" or "seconds", as inline SVG."""
+    end = max(getattr(c, unit).max() for c in curves) or 1.0
+    low, high = 0.0, 1.0
+    if y_label != "success":
+        low, high = min(c.low.min() for c in curves), max(c.high.max() for c in curves)
+        pad = 0.05 * (high - low) or 1.0
+        low, high = low - pad, high + pad
+
+    def px(x):  # the plot is from 42 to 390 of 400, and from 10 to 206 of 240
+        return round(42 + 348 * float(x) / end, 1)
+
+    def py(y):
+        return round(10 + 196 * (high - float(y)) / (high - low), 1)
+
+    def text(x, y, anchor, content):
+        return f"<text x='{x}' y='{y}' text-anchor='{anchor}'>{content}</text>"
+
+    x_label = {"steps": "step", "seconds": "training seconds"}[unit]
+    parts = [f"<svg viewBox='0 0 400 240' role='img' aria-label='{y_label} by {x_label}'>"]
+    for y in ticks(low, high):
+        parts += [f"<path class='axis' d='M42 {py(y)}H390'/>", text(37, py(y) + 3, "end", short(y))]
+    for x in marks:
+        parts += [f"<path class='axis' stroke-dasharray='3 3' d='M{px(x)} 10V206'/>"]
+    parts += [text(px(x), 221, "middle", short(x)) for x in ticks(0, end)]
+    parts += [text(216, 236, "middle", x_label)]
+    for c in curves:
+        xs, color = [px(x) for x in getattr(c, unit)], COLORS[c.group % len(COLORS)]
+        ys, lows, highs = ([py(y) for y in values] for values in (c.mean, c.low, c.high))
+        band = points(xs + xs[::-1], highs + lows[::-1])
+        parts += [f"<g{'' if c.headline else ' class=other'} fill='{color}' stroke='{color}'>"]
+        parts += [f"<polygon class='band' points='{band}'/>"]
+        parts += [f"<polyline class='curve' points='{points(xs, ys)}'/>"]
+        for i, (x, y) in enumerate(zip(xs, ys, strict=True)):
+            hint = f"{c.name}: {c.mean[i]:.2f} [{c.low[i]:.2f}, {c.high[i]:.2f}]"
+            hint = escape(f"{hint}, step {c.steps[i]:,}, {c.seconds[i]:,.0f} s")
+            parts += [f"<circle cx='{x}' cy='{y}' r='2'><title>{hint}</title></circle>"]
+        parts += ["</g>"]
+    return "".join([*parts, "</svg>"])
+
+
+def points(xs, ys):
+    return " ".join(f"{x},{y}" for x, y in zip(xs, ys, strict=True))
+
+
+def html_curves(section, task):
+    """Both charts of a task with their legend."""
+    curves = [c for c in section.curves if c.task == task]
+    if not curves:
+        return []
+    y_label, marks = group_metric(section.groups, task), online_starts(section.groups, task)
+    legend = []
+    for c in curves:
+        line = f"<i style='border-color:{COLORS[c.group % len(COLORS)]}'></i>"
+        legend += [f"<span{'' if c.headline else ' class=other'}>{line}{escape(c.name)}</span>"]
+    charts = [svg_chart(curves, "steps", y_label, marks), svg_chart(curves, "seconds", y_label)]
+    return [
+        f"<p>{y_label}: mean over seeds (their number in brackets), IQM's 95% interval</p>",
+        f"<div class='legend'>{''.join(legend)}</div><div class='charts'>{''.join(charts)}</div>",
+    ]
+
+
+def differing_settings(groups):
+    """Rows (setting, value of each group) of what at least two groups have and that differs."""
+    facts = []
+    for group in groups:
+        facts.append({k: v for k, v in group.args.items() if k not in NOT_A_SETTING})
+        for name in ("commit", "device"):
+            values = {str(run.facts.get(name)) for run in group.runs}
+            facts[-1][name] = ", ".join(sorted(values))
+    rows = []
+    for name in sorted({name for f in facts for name in f}):
+        if len({json.dumps(f[name]) for f in facts if name in f}) > 1:
+            values = [f.get(name, "") for f in facts]
+            rows.append(
+                (name, *(" ".join(map(str, v)) if isinstance(v, list) else v for v in values))
+            )
+    return rows
+
+
+def find_media(run):
+    """Videos and pictures of a run directory, the smallest where one exists in several formats."""
+    by_stem = collections.defaultdict(list)
+    for path in sorted(run.directory.rglob("*")):
+        if path.suffix in MIME:
+            by_stem[path.with_suffix("")].append(path)
+    return [min(paths, key=lambda p: p.stat().st_size) for paths in by_stem.values()]
+
+
+def link(path, out, text):
+    return Markup(f"<a href='{quote(os.path.relpath(path, out))}'>{escape(text)}</a>")
+
+
+def html_media(groups, out, budget):
+    """Figures of the groups' videos and pictures; `budget`: [bytes left], spent here."""
+    found = [(path, g.label, run) for g in groups for run in g.runs for path in find_media(run)]
+    found.sort(key=lambda item: item[0].stat().st_size)
+    figures, links = [], []
+    for path, label, run in found:
+        size, seeds = path.stat().st_size, ", ".join(map(str, run.seeds))
+        caption = escape(f"{label}, seed {seeds}: {path.relative_to(run.directory)}")
+        if size > min(LARGE, budget[0]):
+            links.append(f"<p>{link(path, out, Markup(f'{caption} ({size / 1e6:.1f} MB)'))}</p>")
+            continue
+        budget[0] -= size
+        source = f"data:{MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        shown = f"<img src='{source}' alt='{caption}'>"
+        if MIME[path.suffix].startswith("video"):
+            shown = f"<video src='{source}' controls autoplay loop muted playsinline></video>"
+        figures.append(f"<figure><figcaption>{caption}</figcaption>{shown}</figure>")
+    figures = [f"<div class='media'>{''.join(sorted(figures))}</div>"] if figures else []
+    return figures + links
+
+
+RUNS_HEADER = ("method", "task", "seeds", "state", "files", "steps", "training time", "commit")
+
+
+def run_row(run, label, out):
+    """A line of the list of runs, with links to its files."""
+    files = {"log": run.directory.parent / "log.txt"}
+    files |= {n: run.directory / n for n in ("metrics.csv", "args.json", "result.json")}
+    links = Markup(" ".join(link(p, out, n) for n, p in files.items() if p.is_file()))
+    steps, seconds = "", ""
+    if run.result:
+        steps, seconds = f"{run.result['steps']:,}", f"{run.result['train_seconds']:,.0f} s"
+    state, commit = "finished" if run.result else "not finished", (run.facts["commit"] or "")[:7]
+    seeds = ", ".join(map(str, run.seeds))
+    return label, run.facts["task"].removesuffix("-v0"), seeds, state, links, steps, seconds, commit
+
+
+def write_page(sections, averages, notes, unfinished, args, out):
+    """report.html as one string; links are relative to the directory `out`."""
+    body, budget = [], [args.embed_mb * 1e6]
+    if any(not curve.headline for section in sections for curve in section.curves):
+        body.append(
+            "<label class='dim'><input type='checkbox' id='modes'> curves of every mode of "
+            "evaluation (otherwise each method's first)</label>"
+        )
+    for section in sections:
+        body.append(f"<h2>{escape(TITLES[section.kind])}</h2>")
+        for task in dict.fromkeys(group.task for group in section.groups):
+            body += html_task(section, task, args, out, budget)
+        if section.pooled:
+            body += ["<h3>All tasks of a method together</h3>"]
+            body += [html_scores(POOLED_HEADER, section.pooled)]
+        if section.reaches:
+            body += [f"<p>Steps to a target: {REACH_TEXT.format(args.steps_to)}</p>"]
+        body += [f"<p>{escape(fact)}</p>" for fact in section.facts]
+    if averages:
+        body += ["<h2>Averages that others published (not ours)</h2>"]
+        body += [html_table(AVERAGES_HEADER, averages)]
+    body += [f"<p>{escape(note)}</p>" for note in notes]
+    finished = [(r, g.label) for s in sections for g in s.groups for r in g.runs]
+    runs = [run_row(run, label, out) for run, label in finished]
+    runs += [run_row(run, run.label, out) for run in unfinished]
+    body += ["<h2>Runs</h2>", "<p>The links lead to the run directories beside this page.</p>"]
+    body += [html_scores(RUNS_HEADER, runs)]
+    summary = f"{len(finished)} finished runs, {len(unfinished)} not finished. "
+    summary += "A score is one seed's mean over the episodes of its final evaluation."
+    return PAGE.substitute(title="Results", summary=summary, body="\n".join(body))
+
+
+def html_task(section, task, args, out, budget):
+    """The part of a page on one task."""
+    groups = [g for g in section.groups if g.task == task]
+    name = task.removesuffix("-v0")
+    lines = [f"<h3>{escape(name)}</h3>"]
+    lines += [html_scores(HEADER[1:], [row[1:] for row in section.rows if row[0] == name])]
+    lines += html_curves(section, task)
+    if section.reaches:
+        rows = [row[1:] for row in section.reaches if row[0] == name]
+        lines += [f"<h4>Steps to {args.steps_to:g}</h4>", html_scores(REACH_HEADER[1:], rows)]
+    media = html_media(groups, out, budget)
+    lines += ["<h4>Videos and pictures</h4>", *media] if media else []
+    if settings := differing_settings(groups):
+        text = "settings that differ (of those that at least two methods have)"
+        table = html_table(("setting", *(g.label for g in groups)), settings)
+        lines += [f"<details><summary>{len(settings)} {text}</summary>{table}</details>"]
+    return lines
 
 
 # ---- main ----
@@ -366,16 +838,15 @@ def main(args):
         return 2
     out = Path(args.out or Path(args.runs[0]) / "report")
     out.mkdir(parents=True, exist_ok=True)
-    lines = ["# Results", ""]
-    lines += write_tables(groups, json.loads(Path(args.published).read_text()), args.resamples)
-    if unfinished:
-        lines += ["", "Not finished, and in no table:", ""]
-        lines += [f"- {run.directory}" for run in unfinished]
-    text = "\n".join(lines).rstrip() + "\n"
+    published = json.loads(Path(args.published).read_text())
+    sections, cited = make_sections(groups, published, args)
+    averages, notes = make_sources(groups, published, cited)
+    text = write_markdown(sections, averages, notes, unfinished, args)
     (out / "report.md").write_text(text)
-    if args.pictures:
-        for kind, members in groups.items():
-            draw_curves(members, out / f"curves_{kind}.png")
+    page = write_page(sections, averages, notes, unfinished, args, out)
+    (out / "report.html").write_text(page, encoding="utf-8")
+    for section in sections if args.pictures else ():
+        draw_curves(section, out / f"curves_{section.kind}.png")
     print(text + f"\nwritten to {out}")
     return 0
 

@@ -4,13 +4,16 @@ import fcntl
 import itertools
 import json
 import os
+import pty
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SCRIPTS, load_script
@@ -34,7 +37,7 @@ class Args:
     out_dir: str = "runs"
     resume: str | None = None
     evaluate: str | None = None
-    steps: int | None = None  # as a script's: filled in by `run`
+    steps: int | None = None  # as a script's: filled in by `main`
     pace: float = 0.0
     broken: bool = False
 
@@ -60,7 +63,7 @@ def train(args, task):
     print("done")
 
 
-def run(args):
+def main(args):
     if args.env_id == "nowhere":
         raise UserError("unknown task 'nowhere'")
     train(dataclasses.replace(args, env_id=args.env_id + "-v0", steps=args.steps or 3), None)
@@ -73,7 +76,7 @@ if __name__ == "__main__":
                     {"resume": args.resume})
         train(args, None)
     else:
-        run(args)
+        main(args)
 """
 # the options that the sbatch manual page documents, among those a template may use
 SBATCH = "account array constraint cpus-per-task gpus gres job-name mail-type mem nodes ntasks "
@@ -243,6 +246,125 @@ def test_progress_line_names_the_runs(launch):
     assert re.search(r"0/1 done \| 1 running \| fake toy seed 0: ", done.stdout)
 
 
+# ---- watching ----
+def make_run(root, seed, log, rows=(), args=None, result=False):
+    """A run's directory as a launcher leaves it -> its home."""
+    home = root / "mine" / "toy" / f"{seed}-abcd1234"
+    (home / "run").mkdir(parents=True)
+    (home / "launch.json").write_text(json.dumps(dict(label="mine")))
+    (home / "log.txt").write_text(log)
+    (home / "run" / "args.json").write_text(json.dumps(dict(args=args or {})))
+    lines = ["step,phase,seed,train/loss,eval/success_n1,eval/return_n1", *rows]
+    (home / "run" / "metrics.csv").write_text("\n".join(lines))
+    if result:
+        (home / "run" / "result.json").write_text("{}")
+    return home
+
+
+def table(out, *words):
+    """{first cell: all cells} of the printed table, cells being two spaces apart."""
+    done = call([sys.executable, LAUNCH, "--status", out, "--once", *words])
+    assert done.returncode == 0, done.stderr
+    rows = [re.split(r" {2,}", line) for line in done.stdout.splitlines()]
+    return done.stdout, {row[0]: row for row in rows}
+
+
+def test_status_by_hand(tmp_path):
+    command, steps = "\n$ python algos/fmq.py\n", dict(offline_steps=1000, online_steps=3000)
+    rows = ["500,offline,0,1.0,,", "500,offline,1,1.0,,"]
+    rows += ["1000,offline,0,1.0,0.25,7", "1000,offline,1,1.0,0.5,9", "1200,online,0,1.0,,"]
+    log = command + "failed once\n" + command
+    log += "offline 900/1,000  8.0/s  ETA 12 s\nonline 1,600/4,000  2.0/s  ETA 1,200 s\nother\n"
+    running = make_run(tmp_path, 0, log, [*rows, "1300,onl"], steps)
+    make_run(tmp_path, 1, command + "x 9/9  1.0/s  ETA 0 s\nerror: it broke\n", rows, steps)
+    make_run(tmp_path, 2, command + "stopped; --resume x continues at 1,000\n", rows, steps)
+    make_run(tmp_path, 3, command + "done: success 0.5\n", rows, steps, result=True)
+    fresh = make_run(tmp_path, 4, command)
+    with open(running / "lock", "w") as one, open(fresh / "lock", "w") as two:
+        fcntl.flock(one, fcntl.LOCK_EX)
+        fcntl.flock(two, fcntl.LOCK_EX)
+        text, found = table(tmp_path)
+    assert text.startswith("5 runs: 2 running, 1 failed, 1 stopped, 1 finished\n")
+    last = "success_n1 0.38 at 1,000"  # the mean of two seeds, of the last evaluation
+    # 2,400 steps are left, at 2 a second
+    first = ["running", "1,600/4,000 40%", "2.0/s", "20 min", last]
+    assert found["mine toy seed 0"][1:] == first
+    assert found["mine toy seed 1"][1:] == ["failed", "1,200/4,000 30%", last]
+    assert "\n  error: it broke\n" in text
+    assert found["mine toy seed 2"][1:] == ["stopped", "1,200/4,000 30%", last]
+    assert found["mine toy seed 3"][1:] == ["finished", "4,000/4,000 100%", last]
+    assert found["mine toy seed 4"][1:] == ["running"]
+    names = [line[:15] for line in text.splitlines() if line.startswith("mine")]
+    assert names == [f"mine toy seed {i}" for i in (0, 4, 1, 2, 3)]
+
+
+def test_status_of_runs_as_they_go(launch, tmp_path):
+    algos = ("bad=fake --broken", "slow=fake --pace 0.3")
+    words = ["--algos", *algos, "--seeds", 0, "--workers", 2, "--", "--steps", 12]
+    launcher = subprocess.Popen(launch(*words), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: "bad-0" in steps(tmp_path) and "slow-0" in steps(tmp_path))
+    text, found = table(tmp_path / "runs")
+    assert found["slow toy seed 0"][1] == "running"
+    launcher.communicate(timeout=60)
+    text, found = table(tmp_path / "runs")
+    assert text.startswith("2 runs: 1 failed, 1 finished") and "\n  error: it broke\n" in text
+    assert found["bad toy seed 0"][1] == "failed" and found["slow toy seed 0"][1] == "finished"
+
+
+def test_a_look_at_the_lock_hinders_no_launcher(tmp_path):
+    """Whoever looks holds the lock for a moment; who wants to run tries again."""
+    module = load_script(LAUNCH)
+    with open(tmp_path / "lock", "w") as theirs, open(tmp_path / "lock", "w") as ours:
+        assert module.take(theirs)
+        assert module.is_held(tmp_path / "lock") and not module.take(ours, tries=2)
+        threading.Timer(0.06, lambda: fcntl.flock(theirs, fcntl.LOCK_UN)).start()
+        assert module.take(ours, tries=20)
+
+
+def test_status_fits_a_terminal():
+    module = load_script(LAUNCH)
+    runs = [
+        module.Status(f"a toy seed {i}", "failed" if i else "running", "x" * 99, 5, 10, 1.0, "")
+        for i in range(9)
+    ]
+    lines = module.format_status(runs, 40, 8).splitlines()
+    assert len(lines) == 8 and max(map(len, lines)) == 40
+    assert lines[2].startswith("a toy seed 0  running  5/10 50%")  # 2: after the counts and titles
+    assert lines[-1].startswith("... 12 more lines; --once")  # 1 + 1 + 9 + 8 lines, 7 are shown
+    assert [module.duration(s) for s in (9.4, 89, 150, 3600, 90000)] == [
+        "9 s", "89 s", "2 min", "1 h 00", "25 h 00"
+    ]  # fmt: skip
+
+
+def test_status_at_a_terminal_goes_on_until_interrupted(tmp_path):
+    make_run(tmp_path, 3, "$ python\ndone\n", result=True)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, LAUNCH, "--status", tmp_path]
+    watcher = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE)
+    shown = ""
+    while shown.count("\x1b[H\x1b[J1 runs: 1 finished") < 2:
+        shown += os.read(ours, 4096).decode()
+    watcher.send_signal(signal.SIGINT)
+    _, said = watcher.communicate(timeout=30)
+    assert watcher.returncode == 0 and said == b""
+
+
+def test_status_without_runs(tmp_path):
+    done = call([sys.executable, LAUNCH, "--status", tmp_path])
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: no run of a launcher below")
+
+
+@pytest.mark.parametrize("stem", SCRIPTS)
+def test_status_understands_the_logs_of_the_scripts(stem):
+    """The line of progress that each script prints, filled in."""
+    text = (ROOT / "algos" / f"{stem}.py").read_text()
+    line = re.search(r'print\((f"\{phase\.name\} .*ETA .*")\)', text)[1]
+    phase, run = SimpleNamespace(name="online", end=4000), SimpleNamespace(step=1600)
+    said = eval(line, dict(phase=phase, run=run, self=run, speed=1234.5, eta=1.9))
+    assert load_script(LAUNCH).PROGRESS.match(said).groups() == ("1,600", "4,000", "1,234.5")
+
+
 # ---- SLURM ----
 def test_slurm_script(launch, tmp_path):
     file = tmp_path / "jobs with space.sh"
@@ -303,7 +425,8 @@ def test_readme_launcher_commands(capsys, tmp_path, monkeypatch):
         words = shlex.split(line.split("  #")[0])
         if "--workers" in words:
             words[words.index("--workers") + 1] = "0"  # print, do not run
-        assert module.main(words) == 0, line
+        expected = 2 if "--status" in words else 0  # nothing was launched here
+        assert module.main(words) == expected, line
 
 
 # ---- a real run ----

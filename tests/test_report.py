@@ -1,8 +1,10 @@
 """Statistics against hand-computed cases; tables from run directories made up here."""
 
+import html.parser
 import itertools
 import json
 import re
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -210,6 +212,220 @@ def test_curves_by_step_and_seconds(tmp_path):
     steps, seconds, values = report.read_curves(group, "eval/success")
     assert steps.tolist() == [100, 200] and seconds.tolist() == [10.5, 20.5]
     np.testing.assert_allclose(values, [[0.5, 0.25], [1.0, 0.5]])
+
+
+# ---- steps to a target ----
+def make_curve(root, label, seed, values, **settings):
+    """A run of one seed that is evaluated at steps 10, 20, ..., each after as many seconds / 2."""
+    options = dict(algo="gsflow", label=label, **settings)
+    directory = make_run(root, f"{label}{seed}", [seed], {"success": values[-1:]}, **options)
+    lines = ["step,phase,seed,time/train_seconds,eval/success"]
+    for i, value in enumerate(values, 1):
+        lines += [f"{10 * i - 5},offline,{seed},{5 * i - 2},", f"{10 * i},x,{seed},{5 * i},{value}"]
+    (directory / "metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+def reach_cells(root, *words):
+    """{method: cells after it} of the table of steps to a target."""
+    assert report.main_of([str(root), "--resamples", "50", "--steps-to", *words]) == 0
+    text = (root / "report" / "report.md").read_text().split("Steps to ")[1]
+    rows = [[c.strip() for c in x.split("|")[2:-1]] for x in text.splitlines() if "cube" in x]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_steps_to_a_target_by_hand(tmp_path):
+    for seed, values in enumerate([[0.2, 0.5, 0.1], [0.6, 0.0, 0.0], [0.4, 0.4, 0.9]]):
+        make_curve(tmp_path, "fast", seed, values)  # 20, 10, 30: median 20, 10 seconds
+    for seed, values in enumerate([[0, 0, 0, 0.5], [0, 0, 0, 0], [0, 0, 0.5, 0]]):
+        make_curve(tmp_path, "slow", seed, values)  # 40, never, 30: median 40, 20 seconds
+    for seed, values in enumerate([[0, 0.7, 0], [0, 0, 0], [0.4999, 0, 0]]):
+        make_curve(tmp_path, "never", seed, values)  # 20, never in 30, twice: above 30, 15 seconds
+    found = reach_cells(tmp_path, "0.5")
+    each = "0: 20 (10 s); 1: 10 (5 s); 2: 30 (15 s)"
+    assert found["fast"] == ["success", "3 of 3", "20 (1.00 x)", "", "10 (1.00 x)", each]
+    each = "0: 40 (20 s); 1: not reached by 40 (20 s); 2: 30 (15 s)"
+    assert found["slow"] == ["success", "2 of 3", "40 (2.00 x)", "", "20 (2.00 x)", each]
+    each = "0: 20 (10 s); 1: not reached by 30 (15 s); 2: not reached by 30 (15 s)"
+    assert found["never"] == ["success", "1 of 3", "> 30 (> 1.50 x)", "", "> 15 (> 1.50 x)", each]
+    # where nobody reaches it, there is nothing to compare with
+    assert reach_cells(tmp_path, "0.95")["fast"][1:5] == ["0 of 3", "> 30", "", "> 15"]
+
+
+def test_steps_to_a_target_counts_online_steps(tmp_path):
+    make_curve(tmp_path, "a", 0, [0, 0, 0.5], offline_steps=20, online_steps=20)  # 10 online
+    make_curve(tmp_path, "b", 0, [0, 0, 0, 0.5], offline_steps=20, online_steps=20)  # 20 online
+    make_curve(tmp_path, "c", 0, [0, 0, 0, 0, 0.5], offline_steps=50, online_steps=0)
+    found = reach_cells(tmp_path, "0.5")
+    assert [found[x][2] for x in "abc"] == ["30 (1.00 x)", "40 (1.33 x)", "50 (1.67 x)"]
+    assert [found[x][3] for x in "abc"] == ["10 (1.00 x)", "20 (2.00 x)", ""]
+
+
+def test_a_seed_that_never_did_is_later_than_all_others():
+    reaches = [report.Reach(r, s, None, s) for r, s in ((True, 10), (True, 20), (False, 5))]
+    assert report.median_reach(reaches, "steps") == (20, True)  # not 10, though its run was short
+    assert report.median_reach(reaches[1:], "steps") == (12.5, False)
+    assert report.median_reach(reaches, "online") is None
+
+
+def test_steps_to_a_target_of_a_repeated_seed_is_the_newest_runs(tmp_path):
+    make_run(tmp_path, "a", [0], {"success": [1.0]}, algo="gsflow")
+    make_run(tmp_path, "b", [0], {"success": [0.25]}, algo="gsflow")
+    assert reach_cells(tmp_path, "0.5")["gsflow"][1] == "0 of 1"
+
+
+# ---- the page ----
+class Page(html.parser.HTMLParser):
+    """What a page consists of: tags with their attributes, tables as lists of rows, text."""
+
+    VOID = ("meta", "img", "input", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.tables, self.text, self.open, self.ids = [], [], "", [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        while self.open.pop() != tag:  # cells and rows need no end
+            assert self.open
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("style", "title") and "svg" not in self.open:
+            return
+        self.text += data
+        if {"td", "th"} & set(self.open[-3:]):
+            self.tables[-1][-1][-1] += data
+
+    def of(self, *names):
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def page_of(root, *words):
+    assert report.main_of([str(root), "--resamples", "50", "--no-pictures", *words]) == 0
+    return Page((root / "report" / "report.html").read_text())
+
+
+def test_page_needs_nothing_but_itself(tmp_path):
+    directory = make_run(tmp_path, "a", [0], {"success": [0.5]}, algo="gsflow", label="<b> & co")
+    (directory / "episode.gif").write_bytes(b"GIF89a")
+    (directory.parent / "log.txt").write_text("log")
+    make_run(tmp_path, "un#finished", [1], {"success": [0]}, finished=False, algo="gsflow")
+    page = page_of(tmp_path)
+    assert any("width=device-width" in meta.get("content", "") for meta in page.of("meta"))
+    assert not page.of("script", "link", "iframe")
+    sources = [a["src"] for _, a in page.tags if "src" in a]
+    assert sources == ["data:image/gif;base64,R0lGODlh"]
+    links = [a["href"] for a in page.of("a")]
+    assert "../a/log.txt" in links and "../un%23finished/run/args.json" in links
+    for target in links:
+        assert (tmp_path / "report" / unquote(target)).is_file()
+    assert page.tables[0][1][0] == "<b> & co success"  # escaped
+    assert not page.of("b")
+    assert "1 finished runs, 1 not finished" in page.text
+    assert [row[2] for row in page.tables[-1][1:]] == ["finished", "not finished"]
+
+
+def test_page_has_the_scores_of_the_markdown(tmp_path):
+    for task in ("cube-double-play-singletask-task3-v0", "cube-double-play-singletask-task4-v0"):
+        scores = {"success_best_of_n": [1.0, 0.5, 0.0], "success_one_step": [0.25, 0, 0]}
+        make_run(tmp_path, task, [0, 1, 2], scores, task=task, **FMQ)
+    page = page_of(tmp_path, "--steps-to", "0.5")
+    assert page.tables[0][0][:4] == ["method", "mean ± deviation", "IQM [95%]", "seeds"]
+    assert page.tables[0][1][:2] == ["fmq success_best_of_n", "0.50 ± 0.50"]
+    assert page.tables[0][2][:2] == ["fmq success_one_step", "0.08 ± 0.14"]
+    assert "FMQ 1.00 ± 0.00 [1]" in page.tables[0][1]
+    assert page.tables[1][1][1] == "2 of 3"  # 1.0 and 0.5 at the last step
+    assert [t[1][1] for t in page.tables if t[0][1] == "mean over tasks"] == ["0.50"]
+    assert "[1] Flow maps with optimal Q-guidance" in page.text
+
+
+def test_page_draws_the_curves(tmp_path):
+    """Both charts of a task by hand: the plot is 348 x 196, its lower left corner at (42, 206)."""
+    scores = {"success_n1": [1.0, 0.5], "success_n4": [0.0, 0.0]}
+    make_run(tmp_path, "a", [0, 1], scores, algo="flowq", source="generated")
+    make_run(tmp_path, "b", [2], {"success_n1": [0.0]}, algo="flowq", label="z", source="generated")
+    page = page_of(tmp_path)
+    assert len(page.of("svg")) == 2
+    lines = [a["points"] for a in page.of("polyline")]
+    assert len(lines) == 6
+    # steps 100 and 200 of 200, means 0.375 and 0.75; seconds 10.5 and 20.5 of the longest 22
+    assert lines[0] == "216.0,132.5 390.0,59.0"
+    assert lines[3] == f"{42 + 348 * 10.5 / 22:.1f},132.5 {42 + 348 * 20.5 / 22:.1f},59.0"
+    # the band is that of the IQM: with two seeds from the one score to the other
+    assert page.of("polygon")[0]["points"] == "216.0,108.0 390.0,10.0 390.0,108.0 216.0,157.0"
+    assert [a.get("class") for a in page.of("g")] == [None, "other", None] * 2
+    assert page.of("polyline")[0]["class"] == "curve" and page.of("input")
+    colors = [a["stroke"] for a in page.of("g")][:3]
+    assert colors[0] == colors[1] != colors[2]  # a colour is a method
+    assert "flowq n1 (2): 0.75 [0.50, 1.00], step 200, 20 s" in page.text
+
+
+def test_page_curves_of_returns_have_their_own_scale(tmp_path):
+    make_run(tmp_path, "a", [0], {"return_n1": [-1000.0]}, algo="flowq", source="generated")
+    page = page_of(tmp_path)
+    # from -1000 to the 200 of the last training episodes, and 60 more at either end
+    low, high = -1060, 260
+    ys = [round(10 + 196 * (high - y) / (high - low), 1) for y in (-500, -1000)]
+    assert page.of("polyline")[0]["points"] == f"216.0,{ys[0]} 390.0,{ys[1]}"
+
+
+def test_page_names_the_settings_that_differ(tmp_path):
+    shared = dict(source="generated", hidden_dims=[8, 8])
+    make_run(tmp_path, "a", [0], {"success": [1]}, algo="gsflow", alpha=1, gamma=0.9, **shared)
+    make_run(tmp_path, "b", [0], {"success": [1]}, algo="fmq", alpha=2, **shared)
+    rows = [["setting", "fmq", "gsflow"], ["alpha", "2", "1"]]  # gamma belongs to one of them
+    assert rows in page_of(tmp_path).tables
+
+
+def test_page_shows_small_videos_and_links_large_ones(tmp_path, monkeypatch):
+    directory = make_run(tmp_path, "a", [0], {"success": [1]}, algo="gsflow")
+    (directory / "videos").mkdir()
+    files = {"x.mp4": 900, "x.gif": 1000, "y.gif": 500, "z.webm": 3000, "plot.png": 700}
+    for name, size in files.items():
+        (directory / "videos" / name).write_bytes(b"0" * size)
+    monkeypatch.setattr(report, "LARGE", 2000)
+
+    def shown(*words):
+        page = page_of(tmp_path, *words)
+        kinds = [a["src"].split(";")[0] for a in page.of("img", "video")]
+        return sorted(kinds), [a["href"] for a in page.of("a") if "videos" in a["href"]]
+
+    both = ["data:image/gif", "data:image/png", "data:video/mp4"]
+    # of x the smaller format; z is too large; 0.0013 MB are enough for y and the plot
+    assert shown() == (both, ["../a/run/videos/z.webm"])
+    left = ["../a/run/videos/x.mp4", "../a/run/videos/z.webm"]
+    assert shown("--embed-mb", "0.0013") == (both[:2], left)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 20000, [0, 5000, 10000, 15000, 20000]),
+        (-3.2, 1.1, [-3, -2, -1, 0, 1]),
+        (5, 5, [5]),
+    ],
+)
+def test_ticks(low, high, expected):
+    assert report.ticks(low, high) == expected
+
+
+def test_short_numbers():
+    assert [report.short(x) for x in (0.2, 500, 2500, -3e6)] == ["0.2", "500", "2.5k", "-3M"]
 
 
 # ---- the data file ----
