@@ -2,6 +2,7 @@
 
     python benchmark/collect.py antmaze-large        # antmaze-large-navigate-v0, 1M transitions
     python benchmark/collect.py cube-double-task3 --num-transitions 200000
+    python benchmark/collect.py d4rl/antmaze-medium-diverse-v2 --num-transitions 200000
     python benchmark/collect.py --describe ~/.ogbench/data/cube-single-play-v0.collected.npz
 
 The procedure is the one OGBench published for its own files (Park et al., 2025, and its generation
@@ -20,6 +21,15 @@ So a result on collected data is not a result on official data: the files are ca
 `<dataset>.collected.npz` and `<dataset>.collected-val.npz`, and each says in its `metadata` entry
 (a JSON string) how it was made. Both are loaded by
 `ogbench.make_env_and_datasets(name, dataset_path=".../<dataset>.collected.npz")`.
+
+D4RL's antmaze sets, d4rl/NAME, become one `NAME.collected.hdf5` in D4RL's format, where
+benchmark/tasks/d4rl.py finds it. As in D4RL's own (Fu et al., 2020, and its generation scripts) the
+ant walks to goals with action noise 0.2 for 1000 steps and the rows within 0.5 of one target are
+rewarded and terminal. It starts at the task's start (umaze) or in any cell (the others). Unlike
+there, a goal that is reached is followed by one in another cell, and about half of all goals lie in
+the cell of the evaluation's goal, so that a small set holds something to learn; the others are the
+start (umaze), the start and far ends of corridors (play) or any cell (diverse). The target is the
+mean of the evaluation's goals.
 """
 
 import collections
@@ -33,8 +43,10 @@ import fcntl
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
+import math
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
@@ -58,19 +70,21 @@ from tqdm import tqdm
 # Arrays w0, b0, w1, b1, w2, b2 (float32): 27 state entries (no xy) + 2 of the unit direction -> 256
 # -> 256 -> 8, tanh-GELU in between, tanh on the output.
 ANT_POLICY = Path(__file__).with_name("ant_expert.npz")
+TASKS = Path(__file__).with_name("tasks")
 DTYPES = {"terminals": np.bool_, "button_states": np.int64}  # every other array is float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     name: tyro.conf.Positional[str | None] = None
-    """Dataset or task: antmaze-large, cube-double-noisy, scene-play-v0, cube-double-task3, ..."""
+    """Dataset or task: antmaze-large, cube-double-noisy, scene-play-v0, cube-double-task3,
+    d4rl/antmaze-large-play-v2, ..."""
     num_transitions: int | None = None
     """Transitions in the training file, rounded up to whole episodes (default: OGBench's size)."""
     episode_length: int | None = None
     """Transitions per episode (default: OGBench's length for this dataset)."""
     dataset_dir: Path = Path("~/.ogbench/data")
-    """Directory of the two files."""
+    """Directory of the two files, and what D4RL's directory derives from."""
     workers: int | None = None
     """Simulator processes (default: all cores). The files do not depend on it."""
     seed: int = 0
@@ -95,13 +109,17 @@ class Recipe:
 
     @property
     def policy(self) -> str:
-        if self.env.startswith("antmaze"):
+        if "antmaze" in self.env:
             return ANT_POLICY.name
         return "the direction itself" if "maze" in self.env else "oracles of the ogbench package"
 
     @property
+    def d4rl(self) -> bool:
+        return self.env.startswith("d4rl/")  # then the whole name
+
+    @property
     def dataset(self) -> str:
-        return f"{self.env}-{self.kind}-v0"
+        return self.env.removeprefix("d4rl/") if self.d4rl else f"{self.env}-{self.kind}-v0"
 
 
 MANIPULATION = {"cube-single": 1, "cube-double": 1, "cube-triple": 3, "cube-quadruple": 5}
@@ -140,6 +158,8 @@ NOT_COLLECTED = {
 def find_recipe(name: str) -> Recipe:
     """Resolve a short, full or single-task name; tasks share their dataset, so they are dropped."""
     recipes = all_recipes()
+    if name.startswith("d4rl/"):
+        return find_d4rl_recipe(name)
     for family, reason in NOT_COLLECTED.items():
         if name.startswith(family):
             fail(f"'{name}' {reason}.")
@@ -150,6 +170,29 @@ def find_recipe(name: str) -> Recipe:
     known = [d.removesuffix("-v0") for d in recipes] + [r.env for r in recipes.values()]
     close = difflib.get_close_matches(stem, dict.fromkeys(known), n=4, cutoff=0.4)
     fail(f"Unknown dataset '{name}'; closest: {', '.join(close) or 'antmaze-large, cube-single'}.")
+
+
+def find_d4rl_recipe(name: str) -> Recipe:
+    """Resolve d4rl/NAME; the kind is umaze, play or diverse."""
+    try:
+        family, kind = load_d4rl().parse(name.removeprefix("d4rl/"))
+    except ValueError as error:
+        fail(f"{error}.")
+    if family != "antmaze":
+        fail(f"'{name}' needs a trained policy of that robot, and only D4RL's antmaze sets are "
+             f"collected here.")  # fmt: skip
+    return Recipe(name, kind.partition("-")[2] or "umaze", 1000, 1000, 0.2, 0.0, NEVER)
+
+
+@functools.cache
+def load_d4rl():
+    """Import benchmark/tasks/d4rl.py, which knows D4RL's names, mazes and directories."""
+    if not (path := TASKS / "d4rl.py").is_file():
+        fail(f"{path} is missing; copy it from the repository.")
+    spec = importlib.util.spec_from_file_location("cleanflow_d4rl", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -168,6 +211,7 @@ def run_episode(recipe: Recipe, seed: int, split: int, index: int, length: int):
     the number of goals (navigate) or sub-tasks (manipulation) that were reached.
     """
     episode = maze_episode if "maze" in recipe.env else manipulation_episode
+    episode = d4rl_episode if recipe.d4rl else episode
     for attempt in itertools.count():
         root = np.random.SeedSequence(seed, spawn_key=(split, index, attempt))
         for_global, for_env, for_script = root.spawn(3)
@@ -273,6 +317,83 @@ def maze_episode(recipe: Recipe, rng: np.random.Generator, env_seed: int, num_ro
             env.set_goal(goal_xy=env.add_noise(env.ij_to_xy(goal)))
         record(log, ob, action, info)
         ob = next_ob
+    return log, reached
+
+
+@functools.cache
+def d4rl_tools(name: str):
+    """Build, once per process, D4RL's maze, its policy and its cells (row, column).
+
+    Returns (env, policy, free, waypoint): policy and waypoint as in `maze_tools`.
+    """
+    d4rl = load_d4rl()
+    env = d4rl.AntMaze(d4rl.parse(name)[1].partition("-")[0])
+    rows = env.maze.rows
+    free = [(i, j) for i, row in enumerate(rows) for j, cell in enumerate(row) if cell != "#"]
+
+    @functools.cache
+    def steps_to(goal):
+        """Steps from each free cell to `goal`, breadth first."""
+        steps, queue = {goal: 0}, collections.deque([goal])
+        while queue:
+            i, j = cell = queue.popleft()
+            for new in ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)):
+                if new in free and new not in steps:
+                    steps[new] = steps[cell] + 1
+                    queue.append(new)
+        return steps
+
+    def waypoint(cell, goal):
+        (i, j), steps = cell, steps_to(goal)
+        around = ((i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1), cell)
+        best = min((c for c in around if c in steps), key=steps.get, default=goal)
+        return d4rl.CELL * np.array([best[1] - 1, best[0] - 1])
+
+    return env, load_ant_policy(), free, waypoint
+
+
+def d4rl_episode(recipe: Recipe, rng: np.random.Generator, env_seed: int, num_rows: int):
+    env, policy, free, waypoint = d4rl_tools(recipe.dataset)
+    size, radius = load_d4rl().CELL, load_d4rl().GOAL_RADIUS
+
+    goal_cell = env.maze.goal
+
+    def neighbours(cell):
+        return sum(abs(cell[0] - i) + abs(cell[1] - j) == 1 for i, j in free)
+
+    others = {
+        "umaze": [(1, 1)],
+        "play": [(1, 1)] + [c for c in free if neighbours(c) == 1 and math.dist(c, goal_cell) > 2],
+        "diverse": free,
+    }[recipe.kind]
+
+    def new_goal(old=None):
+        cell = old
+        while cell == old:
+            cell = goal_cell if rng.random() < 0.5 else others[rng.integers(len(others))]
+        centre = size * np.array([cell[1] - 1, cell[0] - 1])
+        return cell, centre + rng.uniform(0, [[1], [0.5]], (2, 2)).sum(0)  # as in evaluations
+
+    ob, _ = env.reset(seed=env_seed)
+    if recipe.kind != "umaze":
+        i, j = free[rng.integers(len(free))]
+        env.unwrapped.set_xy(size * np.array([j - 1, i - 1]) + rng.uniform(0, 1, 2))
+        ob = env.unwrapped.get_ob()
+    goal, goal_xy = new_goal()
+    log, reached = collections.defaultdict(list), 0
+    for _ in range(num_rows):
+        column, row = (int(x) for x in np.floor(ob[:2] / size + 1.5))
+        towards = goal_xy if (row, column) == goal else waypoint((row, column), goal)
+        direction = towards - ob[:2]
+        action = policy(ob, direction / (np.linalg.norm(direction) + 1e-6))
+        action = np.clip(action + rng.normal(0, recipe.noise, action.shape), -1, 1)
+        next_ob, *_ = env.step(action)
+        for key, value in (("observations", ob), ("actions", action), ("infos/goal", goal_xy)):
+            log[key].append(value)
+        ob = next_ob
+        if np.linalg.norm(ob[:2] - goal_xy) <= radius:
+            reached += 1
+            goal, goal_xy = new_goal(goal)
     return log, reached
 
 
@@ -490,6 +611,31 @@ def write_pair(paths: tuple[Path, Path], file, parts: list[dict]):
         temporary(paths[1]).unlink(missing_ok=True)
 
 
+def write_hdf5(paths: tuple[Path], file, parts: list[dict]):
+    """Write a D4RL file into the claimed `file` completely, then give it its name.
+
+    Row t is rewarded and terminal where row t + 1 of its episode lies within the goal's radius; the
+    last row of an episode is its time-out, as in D4RL's files.
+    """
+    import h5py
+
+    d4rl, rows = load_d4rl(), dict(parts[0])
+    metadata, ends = rows.pop("metadata"), rows.pop("terminals")
+    maze = d4rl.MAZES[d4rl.parse(json.loads(metadata.item())["dataset"])[1].partition("-")[0]]
+    target = d4rl.CELL * np.array([maze.goal[1] - 1, maze.goal[0] - 1]) + 0.75
+    near = np.linalg.norm(rows["observations"][:, :2] - target, axis=1) <= d4rl.GOAL_RADIUS
+    near = np.append(near[1:], False) & ~ends
+    rows |= {"rewards": near.astype(np.float32), "terminals": near, "timeouts": ends}
+    file.truncate(0)
+    with h5py.File(file, "w") as out:
+        out.attrs["metadata"] = metadata.item()
+        for key, array in rows.items():
+            out.create_dataset(key, data=array, compression="gzip", compression_opts=1)
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(temporary(paths[0]), paths[0])
+
+
 BAD_ZIP = (zipfile.BadZipFile, zlib.error)
 
 
@@ -506,6 +652,11 @@ def readable(path: Path):
 
 def read_metadata(path: Path) -> dict:
     """Return the metadata of a collected file, {} for an official one."""
+    if path.suffix == ".hdf5":
+        import h5py
+
+        with readable(path), h5py.File(path) as file:
+            return json.loads(file.attrs.get("metadata", "{}"))
     with readable(path), np.load(path) as file:
         if missing := {"observations", "actions", "terminals", "qpos"} - set(file.files):
             fail(f"{path} is not an OGBench dataset: it has no '{min(missing)}'.")
@@ -615,12 +766,20 @@ def make_dataset(args: Args):
 
     length = args.episode_length or recipe.length
     num_train = -(-(args.num_transitions or recipe.episodes * recipe.length) // length)
-    episodes = (num_train, max(1, num_train // 10))
+    episodes = (num_train, 0 if recipe.d4rl else max(1, num_train // 10))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(args.workers or cores, sum(episodes))
     directory = args.dataset_dir.expanduser()
     stem = directory / f"{recipe.dataset}.collected"
     paths = (Path(f"{stem}.npz"), Path(f"{stem}-val.npz"))
+    if recipe.d4rl:
+        d4rl = load_d4rl()
+        try:
+            d4rl.needed("h5py")
+        except ImportError as error:
+            fail(f"{error}.")
+        paths = (d4rl.collected_path(recipe.dataset, args.dataset_dir),)
+        directory = paths[0].parent
 
     def leave_if_there():
         if all(path.exists() for path in paths) and not args.overwrite:
@@ -642,12 +801,13 @@ def make_dataset(args: Args):
             why = error.strerror if directory.is_dir() else f"not a directory ({error.strerror})"
             fail(f"cannot write to --dataset-dir {directory}: {why}.")
         leave_if_there()  # another run may have finished while this one waited
-        what = f"{episodes[0]:,} + {episodes[1]:,} episodes (train + val) of {length:,} transitions"
+        what = f"{episodes[0]:,}" + f" + {episodes[1]:,}" * (not recipe.d4rl) + " episodes"
+        what += " (train + val)" * (not recipe.d4rl) + f" of {length:,} transitions"
         print(f"Collecting {recipe.dataset}: {what}, {workers} workers.", flush=True)
         start = time.monotonic()
         data, goals = collect(recipe, args.seed, episodes, length, workers, directory)
         seconds = time.monotonic() - start
-        for split, part in enumerate(data):
+        for split, part in enumerate(data[: len(paths)]):
             facts = {
                 "split": ("train", "val")[split],
                 "seed": args.seed,
@@ -658,7 +818,7 @@ def make_dataset(args: Args):
             if recipe.kind not in ("stitch", "explore"):
                 facts["goals_reached"] = goals[split]
             part["metadata"] = np.array(json.dumps(provenance(recipe) | facts))
-        write_pair(paths, file, data)
+        (write_hdf5 if recipe.d4rl else write_pair)(paths, file, data)
     for path in paths:
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     rate = 1000 * goals[0] / (episodes[0] * length)

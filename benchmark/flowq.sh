@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# FlowQ (arXiv 2505.14139). Its tables are on D4RL, whose environments are not here, and no number
-# of them was readable to us: what follows is the same question on OGBench, at full budget, with
-# flow matching without guidance (lambda 0) as the reference in the same run.
+# FlowQ (arXiv 2505.14139). Its tables are on D4RL, and no number of them was readable to us: what
+# follows is the same question on OGBench and on D4RL, at full budget, with flow matching without
+# guidance (lambda 0) as the reference in the same run.
 #   bash benchmark/flowq.sh                                 print all commands
 #   bash benchmark/flowq.sh --workers 4 --devices 0 1 2 3   run them on four GPUs
 # One seed of 1M updates takes 11 PFLOP. Then: python benchmark/report.py runs/flowq-tables
@@ -43,3 +43,13 @@ python benchmark/launch.py --algos "score=flowq" "drop-time=flowq --velocity-for
 python benchmark/launch.py --algos "t=flowq --schedule t" "t2=flowq --schedule t2" \
     "t2_over_1mt=flowq --schedule t2_over_1mt" "learned=flowq --schedule learned" \
     --tasks energy-toy --seeds 0 --out runs/flowq-tables/toy "$@"
+
+# D4RL: locomotion and antmazes, with Diffusion-QL's weights as a start (benchmark/tasks/d4rl.py).
+LOCOMOTION=()
+for robot in halfcheetah hopper walker2d; do
+    for kind in medium medium-replay medium-expert; do LOCOMOTION+=("d4rl/$robot-$kind-v2"); done
+done
+python benchmark/launch.py --algos flowq "bc=flowq --guidance-lambda 0" --seeds 0 1 2 3 4 \
+    --tasks d4rl/antmaze-umaze-v2 d4rl/antmaze-umaze-diverse-v2 d4rl/antmaze-medium-play-v2 \
+    d4rl/antmaze-medium-diverse-v2 d4rl/antmaze-large-play-v2 d4rl/antmaze-large-diverse-v2 \
+    "${LOCOMOTION[@]}" --out runs/flowq-tables/d4rl "$@"

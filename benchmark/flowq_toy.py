@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-SCRIPT = Path(__file__).resolve().parent.parent / "algos" / "flowq.py"
+HERE = Path(__file__).resolve().parent
 FORMS = {"score": "S", "drop-time": "T", "field": "Gb"}
 SCHEDULES = {"t": "t", "t2": "t²", "t2_over_1mt": "t²/(1-t)", "learned": "learned"}
 B = np.array([0.0, 1.0])  # the slope of Q
@@ -37,12 +37,15 @@ class Args:
     results: str = "benchmark/results"  # where the table and the picture go
 
 
-def load_flowq():
-    spec = importlib.util.spec_from_file_location("flowq", SCRIPT)
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["flowq"] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+energy_toy = load(HERE / "tasks" / "energy_toy.py")
 
 
 # ---- what is known exactly ----
@@ -151,18 +154,19 @@ def train(flowq, form, schedule, lambdas, bench):
     (L, N, 2), and of the first its paths (K + 1, 40, 2))."""
     flags = dict(velocity_form=form, schedule=schedule, offline_steps=bench.offline_steps)
     flags |= dict(env_id="energy-toy", seed=bench.seed, guidance_lambda=lambdas[0])
-    task = flowq.parse_task("energy-toy", flowq.OTHER_TASKS)
+    task = flowq.parse_task("energy-toy")
     args = flowq.resolve(flowq.Args(**flags), task)
-    data = flowq.prepare(flowq.toy_dataset(seed=bench.seed), args)
-    nets = flowq.make_networks(args, 2)
+    data = flowq.prepare(energy_toy.toy_dataset(seed=bench.seed), args, task)
+    nets = flowq.make_networks(args, 2, task)
+    learn = flowq.make_learn(nets, args)
     start = flowq.start_states(args, 1, 2, jnp.zeros(1), jnp.ones(1))
     state = jax.tree.map(lambda x: jnp.concatenate([x] * len(lambdas)), start)
 
     def run(state, settings, data):
-        def step(_, carry):
-            return flowq.sample_and_update(carry, data, settings, nets, args)[0]
+        def step(_, state):
+            return learn({"state": state}, data, settings)["state"]
 
-        return jax.lax.fori_loop(0, args.offline_steps, step, {"state": state})["state"]
+        return jax.lax.fori_loop(0, args.offline_steps, step, state)
 
     settings = flowq.Settings(jnp.asarray(lambdas, jnp.float32))
     state = jax.jit(jax.vmap(run, (0, 0, None)))(state, settings, data)
@@ -236,9 +240,9 @@ def draw(path, flowq, trained, paths, weights, p, lam, rng):
 
 
 def main(bench):
-    flowq = load_flowq()
+    flowq = load(HERE.parent / "algos" / "flowq.py")
     rng = np.random.default_rng(bench.seed)
-    p = Mixture(np.full(2, 0.5), flowq.TOY_MEANS, flowq.TOY_STD)
+    p = Mixture(np.full(2, 0.5), energy_toy.TOY_MEANS, energy_toy.TOY_STD)
     arms = [(f, s) for f in FORMS for s in SCHEDULES if s != "learned" or f == "score"]
     trained, paths = {}, {}
     for form, schedule in arms:

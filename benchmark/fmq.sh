@@ -44,4 +44,9 @@ for run in runs/fmq-tables/main/fmq/*/*/*/; do
     go python algos/fmq.py --evaluate "$run" --qgbs-rounds 2 --qgbs-beam 4 --qgbs-branches 16
 done
 
+# RoboMimic: can and square from several operators' demonstrations, 1M + 1M.
+python benchmark/launch.py --algos fmq "mvp=fmq --online-objective mvp" "qc=fmq --actor flow" \
+    --tasks robomimic/can-mh robomimic/square-mh --seeds 0 1 2 3 4 \
+    --out runs/fmq-tables/robomimic "$@"
+
 # Time of one decision: python benchmark/speed.py --methods "FMQ offline" QC

@@ -46,4 +46,15 @@ python benchmark/launch.py --algos "$GSFLOW" "$FQL" --tasks multi-crescent --see
 
 # Table of training and inference time: python benchmark/speed.py --methods GSFlow FQL
 
-# The paper's pixel and D4RL tables need environments that are not here.
+# D4RL: the antmazes offline, then antmazes and cloned Adroit online (500K, then 500K steps).
+python benchmark/launch.py --algos "$GSFLOW" "$FQL" --seeds 0 1 2 3 4 \
+    --tasks d4rl/antmaze-umaze-v2 d4rl/antmaze-umaze-diverse-v2 d4rl/antmaze-medium-play-v2 \
+    d4rl/antmaze-medium-diverse-v2 d4rl/antmaze-large-play-v2 d4rl/antmaze-large-diverse-v2 \
+    --out runs/gsflow-tables/d4rl "$@" -- --offline-steps 500000
+python benchmark/launch.py --algos "$GSFLOW" "$FQL" --seeds 0 1 2 3 4 \
+    --tasks d4rl/antmaze-umaze-v2 d4rl/antmaze-umaze-diverse-v2 d4rl/antmaze-medium-play-v2 \
+    d4rl/antmaze-medium-diverse-v2 d4rl/antmaze-large-play-v2 d4rl/antmaze-large-diverse-v2 \
+    d4rl/pen-cloned-v1 d4rl/door-cloned-v1 d4rl/hammer-cloned-v1 d4rl/relocate-cloned-v1 \
+    --out runs/gsflow-tables/d4rl-online "$@" -- --offline-steps 500000 --online-steps 500000
+
+# The paper's pixel table needs environments that are not here.

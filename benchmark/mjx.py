@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-ALGOS = Path(__file__).resolve().parent.parent / "algos"
+HERE = Path(__file__).resolve().parent
 TASKS = ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Ant-v5", "Humanoid-v5")
 TASKS += ("HumanoidStandup-v5", "antmaze-large-singletask-task1-v0")
 
@@ -32,9 +32,7 @@ class Args:
     repeats: int = 3  # timed dispatches; the fastest counts
 
 
-def load_script(needed):
-    """The first script in which a class of this name is defined."""
-    path = next(p for p in sorted(ALGOS.glob("*.py")) if f"\nclass {needed}(" in p.read_text())
+def load(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
@@ -44,7 +42,6 @@ def load_script(needed):
 
 def official_rate(env, seconds=1.0):
     """Steps per second of the official environment in this process."""
-    env = env.unwrapped
     env.reset(seed=0)
     rng, high, steps = np.random.default_rng(0), env.action_space.high, 0
     start = time.perf_counter()
@@ -83,18 +80,16 @@ def mjx_rate(script, env, num_envs, bench):
 
 
 def main(bench):
+    script, task_file = load(HERE.parent / "algos" / "gsflow.py"), load(HERE / "tasks" / "mjx.py")
     device = jax.devices()[0]
     print(f"{device.platform} {device.device_kind}, jax {jax.__version__}, float32")
     print("| task | environments | MJX steps/s | official steps/s, 1 process | ratio | compile s |")
     print("|---|---|---|---|---|---|")
     for gym_id in bench.tasks:
-        maze = gym_id.startswith("antmaze")
-        script = load_script("MjxAntMaze" if maze else "MjxLocomotion")
-        official = script.make_host_env(gym_id, "post" if maze else None)
-        env = script.MjxAntMaze(gym_id, "post") if maze else script.MjxLocomotion(gym_id)
+        env = task_file.make_env(gym_id, "post")
         for num_envs in bench.num_envs:
             ours, seconds = mjx_rate(script, env, num_envs, bench)
-            theirs = official_rate(official)
+            theirs = official_rate(env.official)
             print(
                 f"| {gym_id} | {num_envs} | {ours:,.0f} | {theirs:,.0f} | {ours / theirs:.3f} | "
                 f"{seconds:.0f} |",

@@ -35,3 +35,8 @@ python benchmark/launch.py --algos "g4=sac_flow --policy flow-g --flow-steps 4" 
 python benchmark/launch.py --algos "w64=sac_flow --hidden-dim 64" \
     "w256=sac_flow --hidden-dim 256" "w512=sac_flow --hidden-dim 512" --tasks Ant-v4 \
     --seeds 0 1 2 3 4 --out runs/sac-flow-tables/width "$@"
+
+# RoboMimic, offline-to-online: lift, can and square from several operators' demonstrations.
+python benchmark/launch.py --algos "flow-g=sac_flow --policy flow-g" \
+    "flow-t=sac_flow --policy flow-t" --tasks robomimic/lift-mh robomimic/can-mh \
+    robomimic/square-mh --seeds 0 1 2 3 4 --out runs/sac-flow-tables/robomimic "$@"

@@ -1,4 +1,4 @@
-"""The built-in environments against the official ones: OGBench's point mazes, GSFlow's toy."""
+"""The built-in environments against the official ones: OGBench's point mazes."""
 
 import functools
 
@@ -366,70 +366,3 @@ def test_stitch_and_giant_layouts(gsflow):
     assert len(giant["terminals"]) == 2001 and giant["terminals"].sum() == 1
     with pytest.raises(ValueError):
         gsflow.collect_pointmaze("medium", 1000, dataset_type="explore")
-
-
-# ---- multi-crescent ----
-
-POINTS = [
-    (0.8, 0), (0.59, 0), (0.61, 0), (0.89, 0), (1, 0), (2, 0),
-    (0.5, 0.5), (0.3, 0.6), (-0.45, -0.75), (-0.45, 0.75), (0, 0),
-]  # fmt: skip
-REWARDS = [10, 0, 10, 0, 0, 0, 15, 15, 15, 5, 0]
-
-
-def test_crescent_rewards(gsflow):
-    np.testing.assert_array_equal(gsflow.crescent_reward(jnp.asarray(POINTS)), REWARDS)
-    single = [float(gsflow.crescent_reward(jnp.asarray(p))) for p in POINTS]
-    np.testing.assert_array_equal(single, REWARDS)
-    # clipped, then scored: the clipped points lie on the corner and the edge of the box
-    np.testing.assert_array_equal(
-        gsflow.crescent_reward(jnp.asarray([(-0.45, 3.0), (7.0, 7.0)])),
-        gsflow.crescent_reward(jnp.asarray([(-0.45, 1.0), (1.0, 1.0)])),
-    )
-
-
-def test_crescent_environment(gsflow):
-    env = gsflow.MultiCrescent()
-    actions = jnp.asarray(POINTS, jnp.float32)
-    states = jax.vmap(env.initial)(jax.random.split(jax.random.key(0), len(POINTS)))
-    following = jax.jit(jax.vmap(env.transition))(states, actions)
-    rewards = jax.vmap(env.reward)(states, actions, following)
-    np.testing.assert_array_equal(rewards, REWARDS)
-    np.testing.assert_array_equal(jax.vmap(env.success)(following), np.array(REWARDS) >= 10)
-    assert not np.asarray(jax.vmap(env.terminal)(states)).any()
-    assert np.asarray(jax.vmap(env.terminal)(following)).all()
-    assert (np.asarray(jax.vmap(env.observation)(following)) == 0).all()
-    assert env.max_episode_steps == 1
-
-
-def test_crescent_statistics(gsflow):
-    actions = jax.random.uniform(jax.random.key(0), (1_000_000, 2), minval=-1, maxval=1)
-    rewards = np.asarray(jax.jit(gsflow.crescent_reward)(actions))
-    assert abs(rewards.mean() - 2.992) < 0.02
-    assert abs((rewards >= 10).mean() - 0.201) < 0.002
-    assert abs((rewards == 15).mean() - 0.0982) < 0.002
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_crescent_dataset(gsflow, seed):
-    data = gsflow.crescent_dataset(seed)
-    n = len(data["actions"])
-    assert abs(n - 515) <= 80
-    assert np.abs(data["actions"]).max() <= 1 - 1e-5 + 1e-7
-    assert abs(data["rewards"].mean() - 7.5) <= 0.6
-    assert set(np.unique(data["rewards"])) <= {0, 5, 10}  # clipping may leave a crescent, 15 never
-    np.testing.assert_array_equal(data["masks"], np.zeros(n))
-    np.testing.assert_array_equal(data["terminals"], np.ones(n))
-    np.testing.assert_array_equal(data["observations"], np.zeros((n, 2)))
-    np.testing.assert_array_equal(data["next_observations"], np.zeros((n, 2)))
-    assert all(v.dtype == np.float32 for v in data.values())
-    inside = (
-        np.abs(data["actions"]).max(1) < 0.999
-    )  # rewards belong to their rows after the shuffle
-    np.testing.assert_array_equal(
-        gsflow.crescent_reward(data["actions"][inside]), data["rewards"][inside]
-    )
-    assert (np.diff(data["rewards"][:100]) != 0).sum() > 10
-    np.testing.assert_array_equal(gsflow.crescent_dataset(seed)["actions"], data["actions"])
-    other = gsflow.crescent_dataset(seed + 1)["actions"]
-    assert len(other) != n or (other != data["actions"]).any()

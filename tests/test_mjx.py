@@ -1,10 +1,12 @@
-"""MJX environments against the official ones: same starts, same actions, in float64."""
+"""benchmark/tasks/mjx.py against the official environments: same starts, same actions, float64."""
 
 import ast
 import functools
 import hashlib
 import inspect
 import json
+import shutil
+import sys
 
 import gymnasium
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import ogbench  # noqa: F401  registers the ant mazes
 import pytest
-from conftest import ROOT, SCRIPTS, load_script
+from conftest import ROOT, load_script
 from mujoco.mjx._src import collision_convex, collision_driver, collision_primitive, math
 from test_sac_flow_runs import whole_and_parts
 
@@ -20,14 +22,8 @@ STEPS, STARTS = 10, 32
 MAZE = "antmaze-medium-singletask-task1-v0"
 LOCOMOTION = ("Hopper-v5", "Walker2d-v5", "HalfCheetah-v5", "Ant-v5", "Humanoid-v5")
 ENDING = ("Hopper-v5", "Walker2d-v5", "Ant-v5", "Humanoid-v5")
-
-
-@functools.cache
-def script(gym_id):
-    """A script that has the environment."""
-    name = "MjxAntMaze" if "maze" in gym_id else "MjxLocomotion"
-    modules = [load_script(ROOT / "algos" / f"{stem}.py") for stem in SCRIPTS]
-    return next(module for module in modules if hasattr(module, name))
+TASK_FILE = ROOT / "benchmark" / "tasks" / "mjx.py"
+mjx_tasks = load_script(TASK_FILE)
 
 
 @functools.cache
@@ -44,13 +40,13 @@ def official_x(env):
     return env.data.xpos[1, 0] if name.startswith("Ant") else env.data.qpos[0]
 
 
-def snapshot(state_type, env, obs):
+def snapshot(env, obs):
     """What the official environment holds, as a state of ours."""
     seen = env.model.nq + env.model.nv - (0 if "Maze" in type(env).__name__ else 2)
     derived = obs[seen:] if env.model.jnt_type[0] == 0 else obs[:0]
     data = env.data
     state = (data.qpos, data.qvel, data.qacc_warmstart, official_x(env), derived, False)
-    return state_type(*[np.array(x) for x in state])
+    return mjx_tasks.MjxState(*[np.array(x) for x in state])
 
 
 def starts(gym_id, rng):
@@ -82,7 +78,7 @@ def starts(gym_id, rng):
 @functools.cache
 def rollouts(gym_id, newton=False):
     """Official rollouts: states before, and actions, states, observations, ... of each step."""
-    env, rng, state_type = official(gym_id), np.random.default_rng(0), script(gym_id).MjxState
+    env, rng = official(gym_id), np.random.default_rng(0)
     shipped = env.model.opt.solver
     env.model.opt.solver = 2 if newton else shipped
     high = env.action_space.high
@@ -96,9 +92,9 @@ def rollouts(gym_id, newton=False):
         rows = []
         for _ in range(STEPS):
             action = rng.uniform(-1.2, 1.2, high.shape) * high  # MuJoCo clips what exceeds
-            before = snapshot(state_type, env, obs)
+            before = snapshot(env, obs)
             obs, reward, terminated, _, _ = env.step(action)
-            rows.append((before, action, snapshot(state_type, env, obs), obs, reward, terminated))
+            rows.append((before, action, snapshot(env, obs), obs, reward, terminated))
             used = [c for c in env.data.contact[: env.data.ncon] if c.exclude == 0]
             walls = [c for c in used if env.model.geom_type[list(c.geom)].max() == 6]
             contacts.append((len(used), len(walls)))
@@ -111,9 +107,7 @@ def rollouts(gym_id, newton=False):
 @functools.cache
 def make_env(gym_id):
     with jax.enable_x64(True):
-        if "maze" in gym_id:
-            return script(gym_id).MjxAntMaze(gym_id, "post")
-        return script(gym_id).MjxLocomotion(gym_id)
+        return mjx_tasks.make_env(gym_id, "post")
 
 
 @functools.cache
@@ -152,6 +146,7 @@ def compare(gym_id, newton=False):
     return start_obs, [x[:, :STARTS] for x in out], [x[:, STARTS:] for x in out]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gym_id", [*LOCOMOTION, "HumanoidStandup-v5", MAZE])
 def test_steps_match_the_official_environment(gym_id):
     newton = gym_id.startswith("Humanoid")  # see the next test
@@ -172,6 +167,7 @@ def test_steps_match_the_official_environment(gym_id):
         assert contacts[:, 0].max() < make_env(MAZE).max_active
 
 
+@pytest.mark.slow
 def test_humanoid_matches_with_its_own_solver():
     """As shipped its model has PGS, which stops short of the solution that Newton's method finds:
     contact forces, the last 78 numbers observed, agree to 1e-3 and all the rest to 1e-5."""
@@ -221,13 +217,13 @@ def test_spaces_and_limits():
         assert env.max_episode_steps == gymnasium.spec(gym_id).max_episode_steps == 1000
 
 
-def test_restart_keeps_the_final_observation():
+@pytest.mark.slow
+def test_restart_keeps_the_final_observation(gsflow):
     """In float32, as in training: two time limits in a row, one compiled program."""
-    module = script("Hopper-v5")
-    env = module.MjxLocomotion("Hopper-v5")
+    env = mjx_tasks.make_env("Hopper-v5", "post")
     env.max_episode_steps = 3
-    step = jax.jit(lambda s, a, key: module.step_envs(env, s, a, key))
-    state = module.reset_envs(env, jax.random.key(0), 4)
+    step = jax.jit(lambda s, a, key: gsflow.step_envs(env, s, a, key))
+    state = gsflow.reset_envs(env, jax.random.key(0), 4)
     near = jnp.asarray([*env.init_qpos[1:], *np.zeros(6)], jnp.float32)
     for k in range(1, 7):
         state, out = step(state, jnp.ones((4, 3)), jax.random.key(k))
@@ -235,7 +231,7 @@ def test_restart_keeps_the_final_observation():
         assert out["reward"].dtype == out["next_obs"].dtype == jnp.float32
         assert (out["truncated"] == truncated).all() and not out["terminated"].any()
         assert np.abs(out["next_obs"] - near).max(axis=1).min() > 0.1  # it has moved
-        now = module.observe(env, state)
+        now = gsflow.observe(env, state)
         if truncated:
             assert np.abs(now - near).max() <= 5e-3 and (state[1] == 0).all()
         else:
@@ -247,9 +243,9 @@ def test_restart_keeps_the_final_observation():
 
 
 @pytest.mark.parametrize("timing", ("post", "pre"))
-def test_maze_rewards_reaching_the_goal(gsflow, timing):
+def test_maze_rewards_reaching_the_goal(timing):
     """The state before the step is judged, or the one after it; no physics needed to see that."""
-    env = gsflow.MjxAntMaze(MAZE, timing)
+    env = mjx_tasks.make_env(MAZE, timing)
     state = jax.jit(env.at)(jnp.asarray(env.init_qpos, jnp.float32), jnp.zeros(14))
     moved = state._replace(qpos=state.qpos.at[:2].set(env.goal_xy + np.array([0.3, 0.39])))
     env.simulate = lambda state, action: moved
@@ -264,9 +260,10 @@ def test_maze_rewards_reaching_the_goal(gsflow, timing):
     assert official(MAZE)._goal_tol == 0.5
 
 
+@pytest.mark.slow
 def test_evaluation_runs_in_one_program(gsflow):
     """In float32, three episodes cut short; success where an ant starts at the goal."""
-    env = gsflow.MjxAntMaze(MAZE, "post")
+    env = mjx_tasks.make_env(MAZE, "post")
     env.max_episode_steps = 3
     env.start_xy, env.official._goal_tol = env.goal_xy, 1.0  # three quarters of the starts
     run = jax.jit(lambda key: gsflow.evaluate_jax(env, lambda obs, key: jnp.zeros(8), key, 12))
@@ -338,7 +335,7 @@ def test_contacts_match_mujoco():
 
 # ---- MJX itself ----
 
-MENDED = {  # what the scripts replace; when this fails, look whether they still have to
+MENDED = {  # what the task file replaces; when this fails, look whether they still have to
     (collision_primitive, "plane_capsule"): "1903f5e8cb7148cb",
     (collision_convex, "_capsule_convex"): "8bd9bc8869e60696",
     (math, "closest_segment_point"): "492bba8f528cae9a",
@@ -361,13 +358,62 @@ def test_mjx_uses_what_replaces_them():
     pairs = (plane, capsule), (sphere, capsule), (capsule, capsule), (sphere, box), (capsule, box)
     for pair in pairs:
         mended = collision_driver._COLLISION_FUNC[pair]
-        assert mended.__closure__[0].cell_contents.__module__.startswith("cleanflow_")
+        assert mended.__closure__[0].cell_contents.__code__.co_filename == str(TASK_FILE)
+
+
+# ---- what a script calls ----
+
+
+@pytest.mark.parametrize(
+    "gym_id",
+    ("cube-single-singletask-task2-v0", "scene-singletask-task2-v0", "puzzle-3x3-singletask-v0")
+    + ("humanoidmaze-medium-singletask-task1-v0", "antsoccer-arena-singletask-task4-v0")
+    + ("antmaze-teleport-singletask-task1-v0", "antmaze-large-singletask-task6-v0")
+    + ("antmaze-large", "Hopper-v4", "Hopper-v5-singletask-v0", "pointmaze-medium-singletask-v0"),
+)
+def test_what_mjx_cannot_simulate_is_refused(gym_id):
+    with pytest.raises(ValueError) as error:
+        mjx_tasks.make_env(gym_id, "post")
+    answer = str(error.value)
+    assert f"not {gym_id};" in answer and "--env-backend host" in answer and "\n" not in answer
+    assert all(name in answer for name in ("antmaze-giant", "Hopper-v5", "HumanoidStandup-v5"))
+
+
+def test_missing_package_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mujoco.mjx", None)
+    monkeypatch.delattr("mujoco.mjx")
+    with pytest.raises(ImportError, match=r"^[^\n]*pip install mujoco==\S+ mujoco-mjx==\S+$"):
+        mjx_tasks.make_env("Hopper-v5", "post")
+
+
+def test_warns_on_a_cpu(capsys):
+    env = mjx_tasks.make_env("antmaze-large-singletask-task3-v0", "pre")
+    err = capsys.readouterr().err
+    assert ("--env-backend host" in err) == (jax.default_backend() == "cpu")
+    assert err.count("\n") <= 1 and env.success_timing == "pre"
+    task = official("antmaze-large-singletask-task3-v0").task_infos[2]
+    assert (env.goal_xy == task["goal_xy"]).all()
+
+
+@pytest.mark.parametrize(
+    "name, index", [("antmaze-large", 1), ("antmaze-large-task3", 3), ("Hopper-v5", None)]
+)
+def test_as_a_task_file(name, index):
+    task = mjx_tasks.make_task(name, "/nowhere")
+    env = task["env"]
+    assert set(task) == {"env", "success"} and task["success"] == (index is not None)
+    if index is None:
+        assert env.robot == "Hopper" and not hasattr(env, "success")
+    else:
+        info = official("antmaze-large-singletask-task1-v0").task_infos[index - 1]
+        assert env.success_timing == "post" and (env.goal_xy == info["goal_xy"]).all()
+    with pytest.raises(ValueError, match="MJX simulates"):
+        mjx_tasks.make_task("antmaze-large-task6", "/nowhere")
 
 
 # ---- training online ----
 
-HAVE_MJX = [stem for stem in SCRIPTS if "class Mjx(" in (ROOT / f"algos/{stem}.py").read_text()]
-TINY = "--env-backend mjx --batch-size 4 --checkpoint-interval 5 --updates-per-dispatch 5"
+TINY = "--env-backend mjx --batch-size 4 --checkpoint-interval 5 --log-interval 5"
 TINY += " --eval-interval 20 --eval-episodes 1"
 RUNS = {
     "gsflow": "--hidden-dims 8 --prior-hidden-dims 8 --offline-steps 10 --online-steps 30"
@@ -379,16 +425,15 @@ RUNS = {
 }
 
 
-def coast(self, state, action):
+def coast(env, state, action):
     """In place of the engine, which takes a minute to compile: positions and velocities move."""
     qvel = 0.9 * state.qvel + 0.1 * action.mean()
     return state._replace(qpos=state.qpos + 0.05 * state.qpos * qvel.mean(), qvel=qvel)
 
 
-def place(self, qpos, qvel):
+def place(env, qpos, qvel):
     """In place of the engine's kinematics."""
-    module = inspect.getmodule(type(self))
-    return module.MjxState(qpos, qvel, qvel, qpos[0], jnp.zeros(0), jnp.asarray(False))
+    return mjx_tasks.MjxState(qpos, qvel, qvel, qpos[0], jnp.zeros(0), jnp.asarray(False))
 
 
 def maze_file(directory):
@@ -400,12 +445,19 @@ def maze_file(directory):
     np.savez(directory / "antmaze-medium-navigate-v0.npz", **data)
 
 
-@pytest.mark.parametrize("stem", HAVE_MJX)
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", RUNS)
 def test_trains_online_and_resumes_in_mid_episode(stem, tmp_path, monkeypatch):
     """The simulators' state is in the checkpoint: parts end like the whole, bit for bit."""
     module = load_script(ROOT / "algos" / f"{stem}.py")
-    monkeypatch.setattr(module.Mjx, "simulate", coast)
-    monkeypatch.setattr(module.Mjx, "at", place)
+    make_jax_env = module.make_jax_env
+
+    def without_engine(task, args):
+        env = make_jax_env(task, args)
+        env.simulate, env.at = functools.partial(coast, env), functools.partial(place, env)
+        return env
+
+    monkeypatch.setattr(module, "make_jax_env", without_engine)
     maze_file(tmp_path)
     flags = f"{TINY} {RUNS[stem]} "
     if stem == "sac_flow":
@@ -421,36 +473,53 @@ def test_trains_online_and_resumes_in_mid_episode(stem, tmp_path, monkeypatch):
 # ---- the flag ----
 
 
-def ask(stem, name, **flags):
-    """What --env-backend mjx makes of a task."""
+def refusal(stem, flags, tmp_path, monkeypatch, capsys):
+    """A script's answer to --env-backend mjx with these flags: one sentence, nothing written."""
     module = load_script(ROOT / "algos" / f"{stem}.py")
-    args = module.Args(env_id=name, env_backend="mjx", **flags)
-    try:
-        return module.make_jax_env(module.parse_task(name, ("multi-crescent",)), args)
-    except module.UserError as error:
-        return str(error)
+    monkeypatch.chdir(tmp_path)
+    command = ["--env-backend", "mjx", *flags]
+    assert module.command_line(module.main, module.Args, command) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+    return err
 
 
-@pytest.mark.parametrize("stem", HAVE_MJX)
+@pytest.mark.parametrize("stem", RUNS)
 @pytest.mark.parametrize(
     "name",
     ("cube-single", "scene", "puzzle-3x3", "humanoidmaze-medium", "antsoccer-arena")
-    + ("antmaze-teleport",),
+    + ("antmaze-teleport", "pointmaze-medium"),
 )
-def test_what_mjx_cannot_simulate_is_refused(stem, name):
-    answer = ask(stem, name)
-    assert f"not for {name}" in answer and "--env-backend host" in answer and "\n" not in answer
+def test_flag_refuses_what_mjx_cannot_simulate(stem, name, tmp_path, monkeypatch, capsys):
+    err = refusal(stem, ["--env-id", name], tmp_path, monkeypatch, capsys)
+    assert f"not {name}-singletask" in err and "--env-backend host" in err
 
 
-def test_what_has_its_own_environment_needs_no_mjx():
-    assert all("drop --env-backend" in ask(stem, "pointmaze-medium") for stem in HAVE_MJX)
-    assert "drop --env-backend" in ask("gsflow", "multi-crescent")
+@pytest.mark.parametrize("stem", RUNS)
+def test_task_file_with_an_environment_needs_no_mjx(stem, tmp_path, monkeypatch, capsys):
+    flags = ["--env-id", "multi-crescent"]
+    assert "drop --env-backend" in refusal(stem, flags, tmp_path, monkeypatch, capsys)
 
 
-def test_warns_on_a_cpu(capsys):
-    env = ask("gsflow", "antmaze-large-task3", success_timing="pre")
-    err = capsys.readouterr().err
-    assert ("--env-backend host" in err) == (jax.default_backend() == "cpu")
-    assert err.count("\n") <= 1 and env.success_timing == "pre"
+@pytest.mark.parametrize("stem", RUNS)
+def test_flag_finds_the_task_file(stem):
+    module = load_script(ROOT / "algos" / f"{stem}.py")
+    args = module.Args(env_backend="mjx", success_timing="pre")
+    env = module.make_jax_env(module.parse_task("antmaze-large-task3"), args)
     task = official("antmaze-large-singletask-task3-v0").task_infos[2]
-    assert (env.goal_xy == task["goal_xy"]).all()
+    assert env.success_timing == "pre" and (env.goal_xy == task["goal_xy"]).all()
+    hopper = module.make_jax_env(module.parse_task("Hopper-v5"), args)
+    assert hopper.robot == "Hopper"
+
+
+def test_copied_script_says_what_to_copy(tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "algos" / "mine.py"
+    copy.parent.mkdir()
+    shutil.copy(ROOT / "algos" / "gsflow.py", copy)
+    module = load_script(copy)
+    command = ["--env-backend", "mjx", "--env-id", "antmaze-large"]
+    monkeypatch.chdir(copy.parent)
+    assert module.command_line(module.main, module.Args, command) == 2
+    err = capsys.readouterr().err
+    assert "mjx.py of the CleanFlow repository" in err and err.count("\n") == 1
+    assert [path.name for path in copy.parent.iterdir() if path.suffix] == ["mine.py"]
