@@ -2,9 +2,10 @@
 
 Paper: "FlowQ: Energy-Guided Flow Policies for Offline Reinforcement Learning", arXiv 2505.14139.
 Read this first: the paper's velocity formula, algorithm box, hyperparameters and score tables were
-not available to us in readable form.  The target policy, the guided path, its schedules t, t^2,
-t^2/(1-t) and a learned one, and the claims about cost are the paper's; the loss below (form S) is
-our reconstruction, and no default here is "the paper's setting".
+not available to us in readable form.  The target policy, a Gaussian guided path, the schedules t,
+t^2, t^2/(1-t) and a learned one, and the claims about cost are the paper's.  That the density at
+time t is p_t exp(lambda(t) Q) we know from a third party's review of it only; the loss below (form
+S) is our reconstruction, and no default here is "the paper's setting".
 
 What is optimised (s observation, a in [-1,1]^A data action, e ~ N(0, I), sg = stop-gradient)
 
@@ -18,8 +19,8 @@ What is optimised (s observation, a in [-1,1]^A data action, e ~ N(0, I), sg = s
   critic iql    y = sg[r + gamma mask V(s')],  V by expectile regression on min_i Q'_i(s, a)
                 L_critic = sum_i mean (Q_i(s, a) - y)^2
 
-c(t) says how much of the energy's slope the velocity takes up along the path.  With lambda(t) =
-lambda h(t) the density at time t is p_t exp(lambda(t) Q); the forms differ in how it becomes c:
+c(t) says how much of the energy's slope the velocity takes up along the path.  The density at time
+t shall be p_t exp(lambda(t) Q), lambda(t) = lambda h(t); the forms differ in how it becomes c:
 
   form                c(t) in general          h = t           t^2             t^2/(1-t)
   score (S, default)  h (1-t)/t                1-t             t(1-t)          t
@@ -58,11 +59,7 @@ Open in the paper, and what we took
      Diffusion-QL's networks are there by flags (--activation mish, --time-embedding sinusoid).
   9. How h is learned, and V in place of the log-normaliser in its weights: ours.
  10. The path ends in the data point itself (no sigma_min); the last checkpoint is reported.
- 11. The toy's data and energy: two modes (0, 1) and (0, -1), deviation 0.2, Q = second coordinate.
- 12. --n-step, --normalize-obs and small networks exist for quick runs.
-
-Where to look: the method is below "# ---- networks" and "# ---- the method"; what stands between
-"# ==== shared: NAME ====" lines is the same in every script of this repository.
+ 11. --n-step, --normalize-obs and small networks exist for quick runs.
 
 Modes
   python algos/flowq.py                                   pointmaze-medium, a few minutes
@@ -83,36 +80,25 @@ Modes
 #   "gymnasium==1.4.0",
 #   "ogbench==1.2.2",
 #   "mujoco==3.17.0",
-#   "mujoco-mjx==3.17.0",
 #   "tensorboard==2.21.0",
 #   "tqdm==4.70.1",
 # ]
 # ///
 
-import csv
 import dataclasses
-import difflib
 import functools
-import hashlib
-import importlib.metadata
-import json
-import multiprocessing
 import os
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import textwrap
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # headless rendering
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # share the GPU with others
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/cleanflow/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import flax
 import flax.linen as nn
@@ -122,12 +108,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from gymnasium.experimental.functional import FuncEnv
-from tqdm import tqdm
 
 ALGO = "flowq"
-FREE_ALSO = ()  # flags that may still change when a run is resumed
-EVALUATION_FLAGS = ("eval_candidates",)  # flags that may change with --evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,27 +118,28 @@ class Args:
 
     # ---- experiment ----
     env_id: str = "pointmaze-medium"
-    """task: an OGBench single-task id, a short name (antmaze-large, cube-double-task3), or
-    energy-toy"""
+    """task: an OGBench single-task id, a short name (antmaze-large, cube-double-task3), a Gymnasium
+    id (with --dataset), or FILE.py:NAME, a task file"""
     seed: int = 0  # first seed
     num_seeds: int = 1  # train this many seeds (seed, seed+1, ...) in one vmapped program
     out_dir: str = "runs"  # directory in which the run directory is created
     evaluate: str | None = None
     """run directory: load its checkpoint, evaluate, print a table, train nothing"""
     resume: str | None = None  # run directory: continue it exactly where its last checkpoint stands
+    wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """float32 matmuls: JAX's default (TF32 on recent GPUs), high or highest"""
 
     # ---- environment and data ----
     env_backend: Literal["auto", "jax", "host"] = "auto"
-    """jax: vmapped environment inside the program (point mazes, energy-toy); host: the official
-    environment through gymnasium.vector; auto: jax where it exists"""
+    """jax: vmapped environment inside the program (point mazes); host: the official environment
+    through gymnasium.vector; auto: jax where it exists, else host"""
     success_timing: Literal["post", "pre"] = "post"
     """reward and success after the action (post, as published) or before it (pre, OGBench 1.2)"""
+    dataset: str | None = None  # transitions of your own: FILE.npz or FILE.hdf5 (see README)
     dataset_dir: str = "~/.ogbench/data"
     """where OGBench datasets are looked for, downloaded to or collected into"""
-    normalize_obs: bool | None = None
-    """standardise observations with the dataset's mean and deviation (full-size runs: no)"""
+    normalize_obs: bool | None = None  # standardise observations, by the data (full-size runs: no)
     reward_transform: Literal[
         "none", "antmaze-cql", "antmaze-iql", "standardize", "return-range"
     ] = "none"
@@ -166,12 +149,11 @@ class Args:
 
     # ---- schedule ----
     offline_steps: int | None = None  # gradient steps
-    updates_per_dispatch: int | None = None
-    """gradient steps per compiled call; metrics are averaged over them and logged"""
+    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = None
+    """log the metrics' mean over this many steps"""
     eval_interval: int | None = None  # evaluate every this many steps and at the end
     eval_episodes: int | None = None  # episodes per evaluation, seed and number of candidates
-    checkpoint_interval: int | None = None
-    """checkpoint every this many steps and at the end (default: eval-interval)"""
+    checkpoint_interval: int | None = None  # checkpoint every this many steps and at the end
 
     # ---- optimisation ----
     batch_size: int | None = None  # rows per gradient step
@@ -183,10 +165,8 @@ class Args:
     ema_decay: float = 0.999
     """averaged policy, which acts and makes critic targets: share kept in each step"""
     gamma: float | None = None  # discount
-    n_step: int | None = None
-    """n-step TD targets that stop at success and at episode ends (full-size runs: 1)"""
-    hidden_dims: tuple[int, ...] | None = None
-    """widths of critic and velocity net, unless the next two say otherwise"""
+    n_step: int | None = None  # n-step TD targets, to success or episode end (full-size runs: 1)
+    hidden_dims: tuple[int, ...] | None = None  # widths of all nets that the next two leave open
     critic_hidden_dims: tuple[int, ...] | None = None  # widths of critic and value net
     actor_hidden_dims: tuple[int, ...] | None = None  # widths of the velocity nets
     critic_layer_norm: bool = True  # LayerNorm after each activation of critic and value net
@@ -200,21 +180,18 @@ class Args:
     """how the guided density becomes a velocity: S, T or Gb of the table at the top"""
     schedule: Literal["t", "t2", "t2_over_1mt", "learned"] = "t"
     """h(t): t, t^2, t^2/(1-t), or learned (with --velocity-form score only)"""
-    schedule_warmup: int | None = None
-    """updates during which the learned schedule waits for base flow and value net"""
+    schedule_warmup: int | None = None  # updates for which the learned schedule stays h(t) = t
     grad_at: Literal["noisy", "mean", "data", "denoised"] = "noisy"
     """action at which grad Q is taken: x_t, t a, a, or x_t carried to t = 1 by the policy"""
-    guidance_q: Literal["mean", "min"] = "mean"
-    """how the guidance and its scale join the two target critics"""
+    guidance_q: Literal["mean", "min"] = "mean"  # how guidance and scale join both target critics
     q_norm: Literal["mean-abs", "none"] | None = None
-    """divide the guidance by the batch mean of |Q| at dataset actions"""
+    """divide the guidance by its scale, the batch mean of |Q| at dataset actions"""
     guidance_clip: float | None = None  # largest length of a row's guidance; 0: no limit
     critic: Literal["td", "iql", "exact"] | None = None
-    """td: TD targets with sampled actions; iql: expectile value net, no samples; exact: the
-    toy's known energy, no critic to train"""
-    expectile: float = 0.9  # of the value net of --critic iql
-    q_agg: Literal["mean", "min"] | None = None
-    """how the TD target of --critic td joins the two target critics"""
+    """td: TD targets with sampled actions; iql: expectile value net, no samples; exact: the known Q
+    of a task file (energy-toy), no critic to train"""
+    expectile: float | None = None  # of the value net of --critic iql
+    q_agg: Literal["mean", "min"] | None = None  # how --critic td joins both target critics
     max_backup_samples: int = 1
     """actions per next state; each target critic keeps its largest value, then they are joined"""
     flow_steps: int | None = None  # K, Euler steps from noise to action
@@ -225,22 +202,18 @@ class Args:
 # What a task sets when no flag does; the first matching prefix wins, "" is the rest. Sources:
 # [fql] FQL's published settings, [dql] Diffusion-QL's, [ours] chosen here.
 DEFAULTS = dict(
-    offline_steps=1_000_000, updates_per_dispatch=500, eval_interval=100_000, eval_episodes=50,
+    offline_steps=1_000_000, log_interval=500, eval_interval=100_000, eval_episodes=50,
     batch_size=256, hidden_dims=(512, 512, 512, 512), learning_rate=3e-4, tau=0.005, gamma=0.99,
     n_step=1, normalize_obs=False, q_agg="mean", flow_steps=10,  # [fql], with the line before
     eval_candidates=50, critic="td", lr_decay=False,  # [dql]
-    guidance_lambda=30.0, q_norm="mean-abs", guidance_clip=5.0, schedule_warmup=10_000,  # [ours]
+    guidance_lambda=30.0, q_norm="mean-abs", guidance_clip=5.0, schedule_warmup=10_000,
+    expectile=0.9, checkpoint_interval=100_000,  # [ours], with the line before
 )  # fmt: skip
 TASK_DEFAULTS = {
     "pointmaze": dict(  # [ours] minutes on two CPU cores
-        offline_steps=10_000, eval_interval=5_000, hidden_dims=(128, 128, 128), learning_rate=1e-3,
-        tau=0.01, n_step=10, normalize_obs=True, guidance_lambda=100.0, schedule_warmup=3_000,
-    ),
-    "energy-toy": dict(  # [ours]
-        offline_steps=6_000, eval_interval=6_000, eval_episodes=2_000, batch_size=512,
-        hidden_dims=(128, 128, 128), learning_rate=1e-3, lr_decay=True, guidance_lambda=1.0,
-        q_norm="none", guidance_clip=0.0, critic="exact", schedule_warmup=2_000, flow_steps=100,
-        eval_candidates=1,
+        offline_steps=10_000, eval_interval=5_000, checkpoint_interval=5_000, learning_rate=1e-3,
+        hidden_dims=(128, 128, 128), tau=0.01, n_step=10, normalize_obs=True, guidance_lambda=100.0,
+        schedule_warmup=3_000,
     ),
     "antmaze-giant": dict(gamma=0.995, q_agg="min"),  # [fql]
     "antmaze-large": dict(q_agg="min"),  # [fql]
@@ -248,6 +221,499 @@ TASK_DEFAULTS = {
     "antsoccer": dict(gamma=0.995),  # [fql]
     "": {},
 }  # fmt: skip
+
+
+# ---- networks ----
+ACTIVATIONS = {"gelu": nn.gelu, "mish": jax.nn.mish}  # gelu: the tanh form
+
+
+class MLP(nn.Module):
+    """Dense layers with activation (then LayerNorm, if asked for) and a linear head."""
+
+    hidden_dims: tuple[int, ...]
+    out_dim: int
+    activation: Callable
+    layer_norm: bool = False
+    head_init: Callable = nn.initializers.glorot_uniform()
+
+    @nn.compact
+    def __call__(self, *inputs):
+        x = jnp.concatenate(inputs, axis=-1)
+        for width in self.hidden_dims:
+            x = self.activation(nn.Dense(width, kernel_init=nn.initializers.glorot_uniform())(x))
+            x = nn.LayerNorm()(x) if self.layer_norm else x
+        return nn.Dense(self.out_dim, kernel_init=self.head_init)(x)
+
+
+class Critic(nn.Module):
+    """Two independent Q functions with stacked parameters: (obs, action) -> (2, B)."""
+
+    hidden_dims: tuple[int, ...]
+    activation: Callable
+    layer_norm: bool
+
+    @nn.compact
+    def __call__(self, obs, actions):
+        members = nn.vmap(
+            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
+        )
+        q = members(self.hidden_dims, 1, self.activation, self.layer_norm)(obs, actions)
+        return q.squeeze(-1)
+
+
+class Velocity(nn.Module):
+    """(obs, x, t (B, 1)) -> velocity (B, A); t as it is, or as learned features of sinusoids."""
+
+    hidden_dims: tuple[int, ...]
+    act_dim: int
+    activation: Callable
+    time_embedding: str
+
+    @nn.compact
+    def __call__(self, obs, x, t):
+        if self.time_embedding == "sinusoid":
+            angles = 1000 * t * jnp.exp(-jnp.log(10_000) * jnp.arange(8) / 7)
+            waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+            t = MLP((32,), 16, jax.nn.mish)(waves)
+        return MLP(self.hidden_dims, self.act_dim, self.activation)(obs, x, t)
+
+
+class Value(nn.Module):
+    """V: obs -> (B,)."""
+
+    hidden_dims: tuple[int, ...]
+    activation: Callable
+    layer_norm: bool
+
+    @nn.compact
+    def __call__(self, obs):
+        return MLP(self.hidden_dims, 1, self.activation, self.layer_norm)(obs).squeeze(-1)
+
+
+class Schedule(nn.Module):
+    """r(t) = h(t) / t: positive, 1 at t = 1 always and everywhere at the start."""
+
+    @nn.compact
+    def __call__(self, t):
+        net = MLP((16, 16), 1, jnp.tanh, head_init=nn.initializers.zeros)
+        return jax.nn.softplus(net(t)) / jax.nn.softplus(net(jnp.ones_like(t)))
+
+
+class Networks(NamedTuple):
+    """The method's functions of (params, inputs); tests put hand-made ones in their place."""
+
+    act_dim: int  # A
+    action_limit: float  # actions are clipped to +- this
+    critic: Callable  # (params, obs, action) -> (2, B)
+    velocity: Callable  # (params, obs, x_t, t (B, 1)) -> (B, A)
+    value: Callable | None = None  # (params, obs) -> (B,)
+    base: Callable | None = None  # as velocity
+    schedule: Callable | None = None  # (params, t (B, 1)) -> r(t) (B, 1)
+
+
+def make_modules(args, act_dim):
+    """Flax modules of the settings in `args`; only those that these settings train."""
+    activation = ACTIVATIONS[args.activation]
+    velocity = Velocity(args.actor_hidden_dims, act_dim, activation, args.time_embedding)
+    critic = (args.critic_hidden_dims, activation, args.critic_layer_norm)
+    modules = dict(velocity=velocity)
+    if args.critic != "exact":
+        modules["critic"] = Critic(*critic)
+    if args.critic == "iql" or (args.critic == "td" and args.schedule == "learned"):
+        modules["value"] = Value(*critic)
+    if args.schedule == "learned":
+        modules |= dict(base=velocity, schedule=Schedule())
+    return modules
+
+
+def make_networks(args, act_dim, task=None):
+    """The modules as plain functions; the exact critic is the task's own, as two that agree."""
+    task = task or parse_task(args.env_id, args.dataset_dir)
+    functions = {name: module.apply for name, module in make_modules(args, act_dim).items()}
+    if args.critic == "exact":
+        exact = task.parts["critic"]
+        functions["critic"] = lambda params, obs, a: jnp.stack([exact(obs, a)] * 2)
+    return Networks(act_dim, action_limit(task), **functions)
+
+
+def init_params(args, obs_dim, act_dim, key):
+    """Trainable parameters, one entry per net: velocity, critic, ..."""
+    obs, action, t = jnp.zeros((1, obs_dim)), jnp.zeros((1, act_dim)), jnp.zeros((1, 1))
+    inputs = dict(velocity=(obs, action, t), critic=(obs, action), value=(obs,))
+    inputs |= dict(base=inputs["velocity"], schedule=(t,))
+    modules = make_modules(args, act_dim)
+    keys = jax.random.split(key, len(inputs))  # a net's start does not depend on the others
+    keys = dict(zip(inputs, keys, strict=True))
+    return {name: module.init(keys[name], *inputs[name]) for name, module in modules.items()}
+
+
+# ---- the method: guidance ----
+# c(t) for each form and h(t). Products, never h(t) times (1-t)/t: those factors overflow at the
+# ends of the path, their product does not.
+GUIDANCE = {
+    "score": {"t": lambda t: 1 - t, "t2": lambda t: t * (1 - t), "t2_over_1mt": lambda t: t},
+    "drop-time": {"t": lambda t: t * (1 - t), "t2": lambda t: t**2 * (1 - t),
+                  "t2_over_1mt": lambda t: t**2},
+    "field": {"t": lambda t: (1 - t) * (1 - 2 * t), "t2": lambda t: t * (1 - t) * (2 - 3 * t),
+              "t2_over_1mt": lambda t: 2 * t * (1 - t)},
+}  # fmt: skip
+
+
+def guidance_weight(params, t, nets, args):
+    """c(t)."""
+    if args.schedule == "learned":
+        return (1 - t) * nets.schedule(params["schedule"], t)
+    return GUIDANCE[args.velocity_form][args.schedule](t)
+
+
+def aggregate(q, how):
+    """Join the two critics' values: (2, ...) -> (...)."""
+    return q.min(axis=0) if how == "min" else q.mean(axis=0)
+
+
+def path_point(batch, eps, t):
+    """x_t on the straight path from noise to the data action."""
+    return t * batch["actions"] + (1 - t) * eps
+
+
+def energy_slope(state, batch, eps, t, nets, args):
+    """grad Q / scale where --grad-at says (B, A); Q at the data actions (B,); the scale."""
+    obs, a, x = batch["obs"], batch["actions"], path_point(batch, eps, t)
+    y = {"mean": t * a, "data": a}.get(args.grad_at, x)
+    if args.grad_at == "denoised":
+        y = x + (1 - t) * nets.velocity(state.ema, obs, x, t)
+
+    def q(actions):
+        return aggregate(nets.critic(state.target_critic, obs, actions), args.guidance_q)
+
+    limit = nets.action_limit
+    # the slope at the clipped action, not the slope of the clip: outside the box that would be 0
+    slope = jax.grad(lambda y: q(y).sum())(jnp.clip(y, -limit, limit))
+    data_q = q(a)
+    scale = jnp.abs(data_q).mean() + 1e-6 if args.q_norm == "mean-abs" else 1.0
+    return slope / scale, data_q, scale
+
+
+def shorten(rows, limit):
+    """Rows no longer than `limit` (0: any length), direction kept -> (rows, share shortened)."""
+    length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
+    if limit == 0:
+        return rows, jnp.zeros(())
+    return rows * jnp.minimum(1, limit / jnp.maximum(length, 1e-12)), (length > limit).mean()
+
+
+# ---- the method: losses ----
+def policy_loss(params, state, batch, eps, t, settings, nets, args):
+    """Flow matching whose target is pulled up the energy's slope; t is (B, 1)."""
+    plain = batch["actions"] - eps
+    slope, q, _ = energy_slope(state, batch, eps, t, nets, args)
+    weight = guidance_weight(params, t, nets, args)
+    guidance, clipped = shorten(settings.guidance_lambda * weight * slope, args.guidance_clip)
+    target = jax.lax.stop_gradient(plain + guidance)  # last, so that lambda = 0 changes no bit
+    x = path_point(batch, eps, t)
+    velocity = nets.velocity(params["velocity"], batch["obs"], x, t)
+    loss = jnp.mean((velocity - target) ** 2)
+
+    plain_length, length = (jnp.linalg.norm(v, axis=-1) for v in (plain, guidance))
+    cosine = (plain * guidance).sum(-1) / jnp.maximum(plain_length * length, 1e-12)
+    info = dict(policy_loss=loss, flow_norm=plain_length.mean(), guidance_norm=length.mean())
+    info |= dict(guidance_ratio=length.mean() / plain_length.mean(), guidance_cosine=cosine.mean())
+    return loss, info | dict(guidance_clipped=clipped, q_abs=jnp.abs(q).mean())
+
+
+def critic_loss(params, batch, target, nets):
+    """Sum of both critics' mean squared errors to the fixed target (B,)."""
+    q = nets.critic(params["critic"], batch["obs"], batch["actions"])
+    loss = jnp.mean((q - target) ** 2, axis=-1).sum()
+    return loss, {"critic_loss": loss, "q": q.mean(), "td_target": target.mean()}
+
+
+def value_loss(params, state, batch, nets, args):
+    """V(s): under iql the expectile of the smaller target Q, else the mean of the guidance's Q."""
+    how = "min" if args.critic == "iql" else args.guidance_q
+    q = aggregate(nets.critic(state.target_critic, batch["obs"], batch["actions"]), how)
+    error = q - nets.value(params["value"], batch["obs"])
+    expectile = args.expectile if args.critic == "iql" else 0.5
+    loss = jnp.mean(jnp.where(error > 0, expectile, 1 - expectile) * error**2)
+    return loss, {"value_loss": loss, "advantage": error.mean()}
+
+
+def base_loss(params, batch, eps, t, nets):
+    """Flow without guidance, on the same draws as the policy: what a learned schedule corrects."""
+    velocity = nets.base(params["base"], batch["obs"], path_point(batch, eps, t), t)
+    loss = jnp.mean((velocity - (batch["actions"] - eps)) ** 2)
+    return loss, {"base_loss": loss}
+
+
+def schedule_loss(params, state, batch, eps, t, settings, nets, args):
+    """Learned h: rows weighted by exp(lambda Q), residual of the unguided flow against guidance."""
+    slope, q, scale = energy_slope(state, batch, eps, t, nets, args)
+    if nets.value is None:  # exact critic; right where there is one state, as in the toy
+        log_weight = settings.guidance_lambda * q / scale
+    else:  # V stands for the log-normaliser of each state
+        advantage = q - nets.value(params["value"], batch["obs"])
+        log_weight = jnp.minimum(settings.guidance_lambda * advantage / scale, 5)
+    row_weight = jax.lax.stop_gradient(jax.nn.softmax(log_weight))
+    base = nets.base(params["base"], batch["obs"], path_point(batch, eps, t), t)
+    residual = jax.lax.stop_gradient(batch["actions"] - eps - base)
+    guidance = settings.guidance_lambda * guidance_weight(params, t, nets, args) * slope
+    loss = (row_weight * ((residual - guidance) ** 2).mean(axis=-1)).sum()
+    info = dict(schedule_loss=loss, row_share=1 / (len(q) * (row_weight**2).sum()))
+    for percent in (0, 25, 50, 75, 95):
+        time = jnp.full((1, 1), percent / 100)
+        info[f"c_{percent}"] = guidance_weight(params, time, nets, args)[0, 0]
+    return loss, info
+
+
+# ---- the method: acting ----
+def flow_endpoint(velocity_params, nets, obs, x, args):
+    """Euler steps at t = 0, 1/K, ..., clipped once at the end."""
+
+    def euler_step(x, k):
+        t = jnp.full((*x.shape[:-1], 1), k / args.flow_steps)
+        return x + nets.velocity(velocity_params, obs, x, t) / args.flow_steps, None
+
+    x, _ = jax.lax.scan(euler_step, x, jnp.arange(args.flow_steps))
+    return jnp.clip(x, -nets.action_limit, nets.action_limit)
+
+
+def td_target(params, state, batch, key, nets, args):
+    """Fixed target (B,): V(s') under iql, else target critics at sampled actions of s'."""
+    next_obs = batch["next_obs"]
+    if args.critic == "iql":
+        next_q = nets.value(params["value"], next_obs)
+    else:
+        samples = (args.max_backup_samples, *batch["actions"].shape)
+        next_obs = jnp.broadcast_to(next_obs, (*samples[:2], next_obs.shape[-1]))
+        noise = jax.random.normal(key, samples)
+        next_actions = flow_endpoint(state.ema, nets, next_obs, noise, args)
+        q = nets.critic(state.target_critic, next_obs, next_actions)  # (2, M, B)
+        next_q = aggregate(q.max(axis=1), args.q_agg)  # each critic's best sample, then both
+    return jax.lax.stop_gradient(batch["returns"] + batch["discounts"] * next_q)
+
+
+def make_policy(nets, args):
+    """policy(state, obs, key, candidates): the best of so many actions (A,) for one raw observation
+    (D,), by the target critics."""
+
+    def policy(state, obs, key, candidates):
+        obs = jnp.broadcast_to((obs - state.obs_mean) / state.obs_std, (candidates, *obs.shape))
+        noise = jax.random.normal(key, (candidates, nets.act_dim))
+        actions = flow_endpoint(state.ema, nets, obs, noise, args)
+        return actions[nets.critic(state.target_critic, obs, actions).min(axis=0).argmax()]
+
+    return policy
+
+
+# ---- the method: one update ----
+@flax.struct.dataclass
+class TrainState:
+    """Everything that training changes. Keys are functions of (seed, step), so none is stored."""
+
+    params: Any
+    target_critic: Any  # None where the critic is exact
+    ema: Any  # averaged parameters of the velocity net
+    opt_state: Any  # one per net
+    obs_mean: jax.Array
+    obs_std: jax.Array
+    seed: jax.Array
+    step: jax.Array
+
+
+class Settings(NamedTuple):
+    """Traced scalars, so that another lambda recompiles nothing and several can be vmapped."""
+
+    guidance_lambda: jax.Array
+
+
+def optimizer(args, name):
+    """Adam for one net, with clipping and decay where asked for."""
+    rate = 1e-3 if name == "schedule" else args.learning_rate
+    if args.lr_decay:
+        rate = optax.cosine_decay_schedule(rate, args.offline_steps)
+    adam = optax.adam(rate)
+    if args.grad_norm_clip:
+        return optax.chain(optax.clip_by_global_norm(args.grad_norm_clip), adam)
+    return adam
+
+
+def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
+    """Fresh state of one seed."""
+    params = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
+    opt_state = {name: optimizer(args, name).init(p) for name, p in params.items()}
+    rest = dict(obs_mean=obs_mean, obs_std=obs_std, seed=seed, step=jnp.zeros((), jnp.int32))
+    return TrainState(params, params.get("critic"), params["velocity"], opt_state, **rest)
+
+
+DRAWS = ("flow_noise", "flow_time", "td_noise")
+
+
+def make_update(nets, args):
+    """update(state, batch, key, settings) -> (state, metrics): one step of every net, then the
+    target critic and the averaged policy.
+
+    batch: obs, next_obs (B, D), actions (B, A), returns, discounts (B,).
+    """
+
+    def update(state, batch, key, settings):
+        keys = dict(zip(DRAWS, jax.random.split(key, len(DRAWS)), strict=True))
+        shape = batch["actions"].shape
+        eps = jax.random.normal(keys["flow_noise"], shape)
+        t = jax.random.uniform(keys["flow_time"], (shape[0], 1), maxval=1 - 1e-3)
+        drawn = (state, batch, eps, t, settings, nets, args)
+
+        def total_loss(params):
+            losses = [policy_loss(params, *drawn)]
+            if "critic" in params:
+                target = td_target(params, state, batch, keys["td_noise"], nets, args)
+                losses += [critic_loss(params, batch, target, nets)]
+            if "value" in params:
+                losses += [value_loss(params, state, batch, nets, args)]
+            if "schedule" in params:
+                losses += [base_loss(params, batch, eps, t, nets), schedule_loss(params, *drawn)]
+            info = functools.reduce(lambda a, b: a | b, (info for _, info in losses))
+            return sum(loss for loss, _ in losses), info
+
+        grads, info = jax.grad(total_loss, has_aux=True)(state.params)
+        params, opt_state = {}, {}
+        for name, old in state.params.items():
+            adam, moments = optimizer(args, name), state.opt_state[name]
+            step, opt_state[name] = adam.update(grads[name], moments, old)
+            params[name] = optax.apply_updates(old, step)
+        if "schedule" in params:  # waits until base flow and value net mean something
+            keep = lambda old, new: jnp.where(state.step < args.schedule_warmup, old, new)
+            for new, old in ((params, state.params), (opt_state, state.opt_state)):
+                new["schedule"] = jax.tree.map(keep, old["schedule"], new["schedule"])
+        target_critic = state.target_critic
+        if "critic" in params:
+            target_critic = optax.incremental_update(params["critic"], target_critic, args.tau)
+        ema = optax.incremental_update(params["velocity"], state.ema, 1 - args.ema_decay)
+        changes = dict(params=params, target_critic=target_critic, ema=ema, opt_state=opt_state)
+        return state.replace(**changes, step=state.step + 1), info
+
+    return update
+
+
+# ---- training ----
+# What a dispatch changes, the carry, is a dict of arrays with a leading axis of seeds, which a
+# program's steps do not see: state, a TrainState, and sums, the metrics since the last log.
+def make_learn(nets, args):
+    """learn(carry, data, settings) -> carry: sample a batch and update once."""
+    update = make_update(nets, args)
+
+    def learn(carry, data, settings):
+        state = carry["state"]
+        batch_key, update_key = jax.random.split(purpose_key(state.seed, "update", state.step))
+        index = jax.random.randint(batch_key, (args.batch_size,), 0, len(data["obs"]))
+        batch = {k: v[index] for k, v in data.items()}
+        for name in ("obs", "next_obs"):
+            batch[name] = (batch[name] - state.obs_mean) / state.obs_std
+        state, metrics = update(state, batch, update_key, settings)
+        return carry | {"state": state, "sums": add_sums(carry.get("sums"), metrics)}
+
+    return learn
+
+
+def train(args, task):
+    """Train offline, from the start or from the checkpoint of --resume."""
+    env = make_jax_env(task, args)
+    raw, source = load_dataset(task, args)
+    data = place(prepare(raw, args, task), args.num_seeds, copy=True)
+    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
+    nets = make_networks(args, act_dim, task)
+
+    learn = make_learn(nets, args)
+    inputs = (data, Settings(jnp.float32(args.guidance_lambda)))
+    phases = [Phase("offline", 0, args.offline_steps, Program(learn, *inputs))]
+
+    state = start_states(args, obs_dim, act_dim, *observation_scale(data, args))
+    carry = dict(state=state, sums=zero_sums(learn, {"state": state}, *inputs))
+    carry, step = resume(carry, phases, args)
+    policies = evaluation_policies(nets, args)
+    run = Run(args, task, source, raw, policies, step)
+    evaluate = make_evaluate(task, env, policies, args)
+    run.finish(train_loop(run, carry, phases, evaluate, nets))
+
+
+def evaluation_policies(nets, args):
+    """Modes of evaluation, (state, obs, key) -> action: one sample, the best of several."""
+    counts = sorted({1, args.eval_candidates})
+    return {f"n{n}": functools.partial(make_policy(nets, args), candidates=n) for n in counts}
+
+
+# ==== shared: training loop ====
+def train_loop(run, carry, phases, evaluate, nets):
+    """Run the phases dispatch by dispatch, each about a second, so that the bar moves and Ctrl-C is
+    heard; what is computed and logged does not depend on how long they are. Between dispatches log,
+    evaluate and save. Returns the last evaluation."""
+    if run.step >= phases[-1].end:  # stopped between its last checkpoint and result.json
+        return evaluate(carry["state"], run.step)
+    for phase in (p for p in phases if run.step < p.end):
+        if run.step == phase.start:
+            carry = phase.enter(carry)
+        run.begin(phase)
+        while run.step < phase.end:
+            n, start = run.iterations(), time.perf_counter()
+            carry = phase.advance(carry, n)
+            sums = jax.device_get(carry["sums"])
+            run.note(n, sums, time.perf_counter() - start)
+            log, evaluation, save = run.due()
+            if log or evaluation:
+                values = run.averages(sums, carry)
+                zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
+                carry = carry | {"sums": place(zeros, len(run.seeds))}
+            if evaluation:
+                results = evaluate(carry["state"], run.step)
+                values |= run.note_evaluation(results)
+            if log or evaluation:
+                run.log(values)
+            stopping = run.stop.number is not None and run.step < phases[-1].end
+            if save or stopping:
+                carry = phase.restart(carry) if phase.restart else carry
+                run.save(carry)
+            if stopping:
+                run.leave()
+        run.end_phase(nets, carry["state"])
+    return results
+
+
+# ==== end shared: training loop ====
+
+
+# ---- main ----
+def main(args):
+    """Resolve the arguments, then train or evaluate."""
+    task = parse_task(args.env_id, args.dataset_dir)
+    args = resolve(args, task)
+    if args.matmul_precision != "default":
+        jax.config.update("jax_default_matmul_precision", args.matmul_precision)
+    return evaluate_only(args, task) if args.evaluate else train(args, task)
+
+
+# region support: nothing below belongs to the method, and nearly all is the same in every script
+# ==== shared: imports ====
+import csv
+import difflib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import textwrap
+import zlib
+from types import MappingProxyType
+
+from gymnasium.experimental.functional import FuncEnv
+from tqdm import tqdm
+
+# ==== end shared: imports ====
 
 
 class UserError(Exception):
@@ -265,6 +731,7 @@ OGBENCH = {  # family: (variants, dataset types, default first; default task)
     "puzzle": (("3x3", "4x4", "4x5", "4x6"), ("play", "noisy"), 4),
 }
 PUZZLE_DEFAULT_TASK = {"puzzle-4x5": 2, "puzzle-4x6": 2}
+TASK_FILES = ("d4rl", "robomimic", "multi-crescent", "energy-toy")  # those of the repository
 
 
 class Task(NamedTuple):
@@ -276,12 +743,30 @@ class Task(NamedTuple):
     dataset: str = ""  # antmaze-large-navigate-v0, the official data
     index: int = 1
     success: bool = True  # whether there is such a thing; else only the return counts
+    source: tuple = ()  # of a task file: (path, name, dataset_dir)
+    parts: Any = MappingProxyType({})  # what that file's make_task says
+
+    @property
+    def official(self):
+        """Whether there is an environment for gymnasium.vector."""
+        return bool(self.gym_id or "make_env" in self.parts)
 
 
-def parse_task(env_id, other=()):
-    """Full OGBench single-task id or short name -> Task; `other` lists names outside OGBench."""
-    if env_id in other:
-        return Task(env_id, env_id)
+def parse_task(env_id, dataset_dir="~/.ogbench/data"):
+    """OGBench single-task id or short name, Gymnasium id, or FILE.py:NAME -> Task."""
+    suite, _, name = env_id.partition("/")
+    path, _, file_name = env_id.rpartition(":")
+    if suite in TASK_FILES:
+        short = f"{suite.replace('-', '_')}.py"
+        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / short
+        if not path.is_file():
+            raise UserError(
+                f"{env_id} needs benchmark/tasks/{short} of the CleanFlow repository: copy that "
+                f"file and give --env-id {short}:{name or env_id}"
+            )
+        return load_task(env_id, path, name or env_id, dataset_dir)
+    if path.endswith(".py"):
+        return load_task(f"{Path(path).stem}/{file_name}", Path(path), file_name, dataset_dir)
     tasks = {}
     for family, (variants, kinds, default) in OGBENCH.items():
         for base in (f"{family}-{v}" if v else family for v in variants):
@@ -296,10 +781,72 @@ def parse_task(env_id, other=()):
                     tasks[f"{base}-{kind}{suffix}"] = task
                     if kind == kinds[0]:
                         tasks[f"{base}{suffix}"] = task
-    if env_id not in tasks:
-        close = difflib.get_close_matches(env_id, [*other, *tasks], n=3, cutoff=0.3)
-        raise UserError(f"unknown task '{env_id}'; close matches: {', '.join(close) or 'none'}")
-    return tasks[env_id]
+    if env_id in tasks:
+        return tasks[env_id]
+    if env_id in gymnasium.registry or env_id in JAX_ENVS:
+        return Task(env_id, env_id, "" if env_id in JAX_ENVS else env_id, success=False)
+    names = [*tasks, *JAX_ENVS, *gymnasium.registry]
+    close = difflib.get_close_matches(env_id, names, n=3, cutoff=0.3)
+    raise UserError(f"unknown task '{env_id}'; close matches: {', '.join(close) or 'none'}")
+
+
+def load_file(path):
+    """Import a Python file by its path; its own imports must be installed packages."""
+    try:
+        spec = importlib.util.spec_from_file_location(f"cleanflow_{Path(path).stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    except (OSError, ImportError, SyntaxError) as e:
+        raise UserError(f"cannot load {path}: {e}") from e
+    return module
+
+
+def ask(function, *inputs):
+    """Call a function of a task file; what it raises for the user becomes one sentence."""
+    try:
+        return function(*inputs)
+    except (ValueError, OSError, ImportError) as e:
+        raise UserError(" ".join(str(e).split())) from e
+
+
+def load_task(task_name, path, name, dataset_dir):
+    """make_task(name, dataset_dir) of a task file -> Task; see README for what it returns."""
+    make_task = getattr(load_file(path), "make_task", None)
+    if make_task is None:
+        raise UserError(f"{path} has no function make_task(name, dataset_dir); see README")
+    parts = ask(make_task, name, dataset_dir)
+    if not isinstance(parts, dict) or not {"env", "make_env"} & set(parts):
+        raise UserError(f"make_task of {path} must return a dict with 'env' or 'make_env'")
+    known = ("env", "make_env", "data", "success", "score", "defaults", "critic", "after_phase")
+    if unknown := sorted(set(parts) - set(known)):
+        raise UserError(f"make_task of {path} returns '{unknown[0]}', but may return {known}")
+    lacks = [m for m in ("initial", "transition", "max_episode_steps") if "env" in parts
+             and not hasattr(parts["env"], m)]  # fmt: skip
+    if lacks:
+        raise UserError(f"the environment 'env' of {path} lacks '{lacks[0]}'; see README")
+    source = (str(Path(path).resolve()), name, dataset_dir)
+    success = parts.get("success", True)
+    return Task(task_name, task_name, success=success, source=source, parts=parts)
+
+
+def make_jax_env(task, args):
+    """The task's environment as pure functions, or None where only the official one exists."""
+    maze, backend = task.base.removeprefix("pointmaze-"), args.env_backend
+    if backend == "mjx" and task.gym_id:
+        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / "mjx.py"
+        if not path.is_file():
+            raise UserError(f"--env-backend mjx needs {path.name} of the CleanFlow repository")
+        return ask(load_file(path).make_env, task.gym_id, args.success_timing)
+    if backend in ("auto", "jax") and task.parts.get("env"):
+        return task.parts["env"]
+    if backend in ("auto", "jax") and task.base in JAX_ENVS:
+        return JAX_ENVS[task.base]()
+    if backend in ("auto", "jax") and task.base != maze and maze in MAZES:
+        return PointMaze(maze, task.index, args.success_timing)
+    if backend in ("jax", "mjx") or not task.official:
+        raise UserError(f"{task.name} has no {backend} environment; drop --env-backend")
+    return None
 
 
 # ==== end shared: tasks ====
@@ -591,9 +1138,7 @@ def step_envs(env, env_state, actions, key):
         return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old)
 
     fresh, _ = jax.lax.cond(  # most steps end no episode
-        done.any(),
-        lambda: reset_envs(env, reset_keys[0], t.shape[0]),
-        lambda: (next_states, t),
+        done.any(), lambda: reset_envs(env, reset_keys[0], t.shape[0]), lambda: (next_states, t)
     )
     return (jax.tree.map(restart, fresh, next_states), jnp.where(done, 0, t + 1)), out
 
@@ -642,22 +1187,26 @@ class SeededReset(gymnasium.Wrapper):
         return self.env.reset(seed=seed, options=options)
 
 
-def make_host_env(gym_id, success_timing=None):
-    """The official environment (OGBench's where `success_timing` is given); in a worker process
-    Ctrl-C is left to the main process."""
+def make_host_env(task, success_timing):
+    """The official environment (or a task file's); in a worker process Ctrl-C is left to the main
+    process."""
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's spaces set off warnings
-    import ogbench  # noqa: F401  registers the environments
-
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    options = dict(success_timing=success_timing) if success_timing else {}
-    return SeededReset(gymnasium.make(gym_id, **options))
+    if task.source:  # loaded here again: a worker cannot import what the main process loaded
+        path, name, dataset_dir = task.source
+        return SeededReset(ask(load_file(path).make_task(name, dataset_dir)["make_env"]))
+    import ogbench  # noqa: F401  registers the environments
+
+    options = dict(success_timing=success_timing) if task.dataset else {}
+    return SeededReset(gymnasium.make(task.gym_id, **options))
 
 
-def make_host_envs(gym_id, success_timing, num_envs, autoreset):
+def make_host_envs(task, args, num_envs, autoreset):
     """`num_envs` official environments in processes of their own."""
+    make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
     return gymnasium.vector.AsyncVectorEnv(
-        [functools.partial(make_host_env, gym_id, success_timing)] * num_envs,
+        [make] * num_envs,
         autoreset_mode=autoreset,
         context="forkserver",  # forking a process that runs JAX's threads can deadlock
     )
@@ -708,48 +1257,78 @@ def evaluate_host(envs, act, seeds, step, num_episodes):
 
 
 # ==== shared: data ====
-AUTO_COLLECT = 200_000  # transitions collected when a download fails: a minute or two, not an hour
+AUTO_COLLECT = 200_000  # transitions collected when a download fails
 ACTION_LIMIT = 1 - 1e-5  # dataset actions are kept just inside the box
 
 
-def load_dataset(task, dataset_dir, success_timing):
-    """Transitions of a task -> (dict of arrays, source "official" or "collected ...").
+def load_dataset(task, args):
+    """Transitions of a task -> (dict of arrays, source).
 
     Keys: observations, next_observations (N, D), actions (N, A), rewards, masks (0 after success),
-    terminals (1 at an episode's last row), each (N,). Looks for the official file, then for a
-    collected one; then downloads; then collects.
+    terminals (1 at an episode's last row), each (N,). From --dataset, from the task file, or from
+    `dataset_dir`: an official or a collected file, else a download, else data collected here.
     """
-    family, maze = task.base.split("-", 1)[0], task.base.split("-")[-1]
-    directory = Path(dataset_dir).expanduser()
-    official = directory / f"{task.dataset}.npz"
-    collected = directory / f"{task.dataset.removesuffix('-v0')}-v0.collected.npz"
-    if official.exists():
-        raw, source = read_npz(official), "official"
-    elif collected.exists():
-        raw, source = read_npz(collected), f"collected ({collected.name})"
-    elif family == "pointmaze" and maze in MAZES:
-        kind = task.dataset.split("-")[2]
-        raw = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
-        source = f"collected ({AUTO_COLLECT:,} transitions, in this script)"
-    elif download(task.dataset, directory):
-        raw, source = read_npz(official), "official"
+    if args.dataset:
+        raw, source = read_file(Path(args.dataset).expanduser()), f"own ({Path(args.dataset).name})"
+        if "rewards" not in raw and not task.dataset:
+            raise UserError(f"{args.dataset}: no 'rewards' in it")
+    elif "data" in task.parts:
+        raw, source = ask(task.parts["data"])
+    elif task.dataset:
+        raw, source = ogbench_file(task, Path(args.dataset_dir).expanduser())
     else:
-        collect(task.dataset, directory)
-        raw, source = read_npz(collected), f"collected ({collected.name})"
-
-    keep = np.flatnonzero(~raw["terminals"].astype(bool))  # an episode's last row has no successor
-    data = {k: v[keep] for k, v in raw.items() if len(v) == len(raw["terminals"])}
-    data["next_observations"] = raw["observations"][keep + 1]
-    data["terminals"] = raw["terminals"][keep + 1].astype(np.float32)
-    point_maze = family == "pointmaze" and maze in MAZES
-    env = PointMaze(maze, task.index) if point_maze else make_host_env(task.gym_id, success_timing)
+        raise UserError(f"{task.name} comes without data: give --dataset FILE.npz")
+    data = transitions(raw) if "next_observations" not in raw else dict(raw)
+    maze = task.base.removeprefix("pointmaze-")
+    if task.base != maze and maze in MAZES:
+        env = PointMaze(maze, task.index)
+    else:
+        env = task.parts.get("env") or make_host_env(task, args.success_timing)
+    if "rewards" not in raw:
+        relabel(task, env, data)
+    data = {k: np.asarray(v, np.float32) for k, v in data.items()}
+    boxed = np.isfinite(env.action_space.high).all()
+    check_transitions(data, args.dataset or source, boxed)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
     if sizes != (data["observations"].shape[1], data["actions"].shape[1]):
         raise UserError(
             f"the dataset belongs to another environment: {task.name} has observations and actions "
-            f"of {sizes[0]} and {sizes[1]} entries; put the right {task.dataset}.npz in {directory}"
+            f"of {sizes[0]} and {sizes[1]} entries; put the right {task.dataset}.npz in place"
         )
-    if point_maze:  # what OGBench's relabelling does, without building its simulator
+    if hasattr(env, "close"):
+        env.close()
+    return data, source
+
+
+def ogbench_file(task, directory):
+    """Raw arrays of an OGBench dataset -> (dict, source)."""
+    official = directory / f"{task.dataset}.npz"
+    collected = directory / f"{task.dataset}.collected.npz"
+    maze = task.base.removeprefix("pointmaze-")
+    if not official.exists() and not collected.exists():
+        if task.base != maze and maze in MAZES:  # quicker than any download
+            kind = task.dataset.removeprefix(f"{task.base}-").removesuffix("-v0")
+            data = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
+            return data, f"collected ({AUTO_COLLECT:,} transitions, in this script)"
+        if not download(task.dataset, directory):
+            collect(task.dataset, directory)
+    if official.exists():
+        return read_file(official), "official"
+    return read_file(collected), f"collected ({collected.name})"
+
+
+def transitions(raw):
+    """Rows with their successors; an episode's last row has none and is dropped."""
+    keep = np.flatnonzero(~raw["terminals"].astype(bool))
+    data = {k: v[keep] for k, v in raw.items() if len(v) == len(raw["terminals"])}
+    data["next_observations"] = raw["observations"][keep + 1]
+    data["terminals"] = raw["terminals"][keep + 1]
+    return data
+
+
+def relabel(task, env, data):
+    """Rewards and masks of the task, from the simulator's positions, as OGBench computes them."""
+    if isinstance(env, PointMaze):  # the same, without its simulator
         distance = np.linalg.norm(data["qpos"] - env.goal_xy, axis=-1)
         data["masks"] = (distance > env.goal_tol).astype(np.float32)
         data["rewards"] = -data["masks"]
@@ -757,33 +1336,63 @@ def load_dataset(task, dataset_dir, success_timing):
         from ogbench.relabel_utils import relabel_dataset
 
         relabel_dataset(task.gym_id, env, data)
-        env.close()
-    return data, source
 
 
-def read_npz(path):
-    """Read and check a raw OGBench file: observations (N, D), actions (N, A), terminals (N,)."""
+def read_file(path):
+    """Read and check a dataset, FILE.npz or FILE.hdf5: observations (N, D), actions (N, A),
+    terminals (N,) in OGBench's layout, or transitions, with rewards, masks, next_observations."""
     try:
-        with np.load(path) as file:
-            raw = {k: file[k] for k in file.files if k != "metadata"}
+        if path.suffix in (".hdf5", ".h5"):
+            import h5py
+
+            with h5py.File(path) as file:
+                raw = {k: v[()] for k, v in file.items() if isinstance(v, h5py.Dataset)}
+        else:
+            with np.load(path) as file:
+                raw = {k: file[k] for k in file.files if k != "metadata"}
+    except ImportError as e:
+        raise UserError(f"reading {path} needs h5py: pip install h5py") from e
     except Exception as e:
         raise UserError(f"cannot read {path} ({e}); delete it and start again") from e
 
     def bad(what):
         raise UserError(f"{path}: {what}; delete the file and download or collect it again")
 
-    for key, ndim in (("observations", 2), ("actions", 2), ("terminals", 1), ("qpos", 2)):
+    if "next_observations" in raw and "masks" not in raw and "terminals" in raw:  # D4RL's names
+        raw["masks"] = 1.0 - raw["terminals"].astype(np.float32)
+        raw["terminals"] = np.maximum(raw["terminals"], raw.get("timeouts", 0)).astype(np.float32)
+        raw["terminals"][-1:] = 1
+    needed = [("observations", 2), ("actions", 2), ("terminals", 1)]
+    needed += [("qpos", 2)] * ("rewards" not in raw) + [("rewards", 1)] * ("rewards" in raw)
+    for key, _ in needed:
         if key not in raw:
             bad(f"no '{key}' in it")
+    for key, ndim in needed:
         if raw[key].ndim != ndim or len(raw[key]) != len(raw["terminals"]) or len(raw[key]) < 2:
             bad(f"'{key}' has shape {raw[key].shape}")
-        if raw[key].dtype.kind not in "fb" or not np.isfinite(raw[key]).all():
+        if (
+            raw[key].dtype.kind not in ("f" if ndim == 2 else "fb")
+            or not np.isfinite(raw[key]).all()
+        ):
             bad(f"'{key}' is not floating point, or holds NaN or infinity")
-    if np.abs(raw["actions"]).max() > 1 + 1e-5:
-        bad("actions outside [-1, 1]")
     if not raw["terminals"][-1]:
         bad("the last row does not end an episode, so the file looks cut short")
+    if raw["terminals"].all():
+        bad("every row ends an episode")
     return raw
+
+
+def check_transitions(data, source, boxed):
+    """Refuse what would train into nonsense: shapes, NaN, magnitudes."""
+    keys = ("observations", "actions", "rewards", "masks", "terminals", "next_observations")
+    rows = len(data.get("observations", ()))
+    for key in keys:
+        if key not in data or len(data[key]) != rows or rows < 2:
+            raise UserError(f"the data ({source}) hold no '{key}', or not one for each row")
+        if not (np.abs(data[key]) < 1e6).all():
+            raise UserError(f"the data ({source}): '{key}' holds NaN or numbers beyond a million")
+    if boxed and np.abs(data["actions"]).max() > 1 + 1e-5:
+        raise UserError(f"the data ({source}) hold actions outside [-1, 1]")
 
 
 def download(dataset, directory):
@@ -819,6 +1428,13 @@ def collect(dataset, directory):
     command = [sys.executable, str(tool), dataset, "--num-transitions", str(AUTO_COLLECT)]
     if subprocess.run([*command, "--dataset-dir", str(directory)]).returncode:
         raise UserError(f"collecting {dataset} failed; see the message above")
+
+
+def observation_scale(data, args):
+    """Mean and deviation (D,) that standardise observations; 0 and 1 without --normalize-obs."""
+    if args.normalize_obs:
+        return data["obs"].mean(axis=0), data["obs"].std(axis=0) + 1e-6
+    return jnp.zeros(data["obs"].shape[1]), jnp.ones(data["obs"].shape[1])
 
 
 # ==== end shared: data ====
@@ -864,462 +1480,46 @@ def device_data(data, n, gamma):
 # ==== end shared: n-step targets ====
 
 
-# ---- energy-toy, two modes and a known energy ----
-TOY_MEANS, TOY_STD = np.array([[0.0, 1.0], [0.0, -1.0]]), 0.2
-
-
-class EnergyToyState(NamedTuple):
-    action: jax.Array
-    done: jax.Array
-
-
-class EnergyToy(FuncEnv):
-    """One-step bandit whose reward is the toy's Q, the second coordinate of the action.
-
-    Success is an action in the upper half, so the success rate is the mass of the upper mode.
-    """
-
-    max_episode_steps = 1
-
-    def __init__(self):
-        super().__init__()
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,), np.float32)
-        self.action_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-
-    def initial(self, rng: Any, params: Any = None) -> EnergyToyState:
-        return EnergyToyState(jnp.zeros(2), jnp.asarray(False))
-
-    def transition(self, state, action, rng=None, params=None) -> EnergyToyState:
-        return EnergyToyState(action, jnp.asarray(True))
-
-    def observation(self, state, rng=None, params=None):
-        return jnp.zeros(1)
-
-    def reward(self, state, action, next_state, rng=None, params=None):
-        return action[1]
-
-    def terminal(self, state, rng=None, params=None):
-        return state.done
-
-    def success(self, state):
-        return state.action[1] > 0
-
-
-def toy_dataset(seed: int, rows: int = 100_000) -> dict:
-    """Actions from two equally heavy Gaussians, one step each."""
-    rng = np.random.default_rng(seed)
-    actions = TOY_MEANS[rng.integers(0, 2, rows)] + TOY_STD * rng.standard_normal((rows, 2))
-    zeros, ones = np.zeros((rows, 1), np.float32), np.ones(rows, np.float32)
-    return dict(
-        observations=zeros,
-        actions=actions.astype(np.float32),
-        rewards=actions[:, 1].astype(np.float32),
-        masks=1 - ones,
-        terminals=ones,
-        next_observations=zeros.copy(),
-    )
-
-
-def toy_critic(params, obs, actions):
-    """The toy's Q in the shape of two critics that agree."""
-    return jnp.stack([actions[..., 1]] * 2)
-
-
-# ---- networks ----
-ACTIVATIONS = {"gelu": nn.gelu, "mish": jax.nn.mish}  # gelu: the tanh form
-
-
-class MLP(nn.Module):
-    """Dense layers with activation (then LayerNorm, if asked for) and a linear head."""
-
-    hidden_dims: tuple[int, ...]
-    out_dim: int
-    activation: Callable
-    layer_norm: bool = False
-    head_init: Callable = nn.initializers.glorot_uniform()
-
-    @nn.compact
-    def __call__(self, *inputs):
-        x = jnp.concatenate(inputs, axis=-1)
-        for width in self.hidden_dims:
-            x = self.activation(nn.Dense(width, kernel_init=nn.initializers.glorot_uniform())(x))
-            x = nn.LayerNorm()(x) if self.layer_norm else x
-        return nn.Dense(self.out_dim, kernel_init=self.head_init)(x)
-
-
-class Critic(nn.Module):
-    """Two independent Q functions with stacked parameters: (obs, action) -> (2, B)."""
-
-    hidden_dims: tuple[int, ...]
-    activation: Callable
-    layer_norm: bool
-
-    @nn.compact
-    def __call__(self, obs, actions):
-        members = nn.vmap(
-            MLP,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            out_axes=0,
-            axis_size=2,
-        )
-        q = members(self.hidden_dims, 1, self.activation, self.layer_norm)(obs, actions)
-        return q.squeeze(-1)
-
-
-class Velocity(nn.Module):
-    """(obs, x, t (B, 1)) -> velocity (B, A); t as it is, or as learned features of sinusoids."""
-
-    hidden_dims: tuple[int, ...]
-    act_dim: int
-    activation: Callable
-    time_embedding: str
-
-    @nn.compact
-    def __call__(self, obs, x, t):
-        if self.time_embedding == "sinusoid":
-            angles = 1000 * t * jnp.exp(-jnp.log(10_000) * jnp.arange(8) / 7)
-            waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-            t = MLP((32,), 16, jax.nn.mish)(waves)
-        return MLP(self.hidden_dims, self.act_dim, self.activation)(obs, x, t)
-
-
-class Value(nn.Module):
-    """V: obs -> (B,)."""
-
-    hidden_dims: tuple[int, ...]
-    activation: Callable
-    layer_norm: bool
-
-    @nn.compact
-    def __call__(self, obs):
-        return MLP(self.hidden_dims, 1, self.activation, self.layer_norm)(obs).squeeze(-1)
-
-
-class Schedule(nn.Module):
-    """r(t) = h(t) / t: positive, 1 at t = 1 always and everywhere at the start."""
-
-    @nn.compact
-    def __call__(self, t):
-        net = MLP((16, 16), 1, jnp.tanh, head_init=nn.initializers.zeros)
-        return jax.nn.softplus(net(t)) / jax.nn.softplus(net(jnp.ones_like(t)))
-
-
-class Networks(NamedTuple):
-    """The method's functions of (params, inputs); tests put hand-made ones in their place."""
-
-    critic: Callable  # (params, obs, action) -> (2, B)
-    velocity: Callable  # (params, obs, x_t, t (B, 1)) -> (B, A)
-    value: Callable | None = None  # (params, obs) -> (B,)
-    base: Callable | None = None  # as velocity
-    schedule: Callable | None = None  # (params, t (B, 1)) -> r(t) (B, 1)
-
-
-def make_modules(args, act_dim):
-    """Flax modules of the settings in `args`; only those that these settings train."""
-    activation = ACTIVATIONS[args.activation]
-    velocity = Velocity(args.actor_hidden_dims, act_dim, activation, args.time_embedding)
-    critic = (args.critic_hidden_dims, activation, args.critic_layer_norm)
-    modules = dict(velocity=velocity)
-    if args.critic != "exact":
-        modules["critic"] = Critic(*critic)
-    if args.critic == "iql" or (args.critic == "td" and args.schedule == "learned"):
-        modules["value"] = Value(*critic)
-    if args.schedule == "learned":
-        modules |= dict(base=velocity, schedule=Schedule())
-    return modules
-
-
-def make_networks(args, act_dim):
-    """The modules as plain functions."""
-    nets = {k: m.apply for k, m in make_modules(args, act_dim).items()}
-    return Networks(**{"critic": toy_critic} | nets)
-
-
-def init_params(args, obs_dim, act_dim, key):
-    """Trainable parameters, one entry per net: velocity, critic, ..."""
-    obs, action, t = jnp.zeros((1, obs_dim)), jnp.zeros((1, act_dim)), jnp.zeros((1, 1))
-    inputs = dict(
-        velocity=(obs, action, t), critic=(obs, action), value=(obs,), base=(obs, action, t)
-    )
-    inputs["schedule"] = (t,)
-    modules = make_modules(args, act_dim)
-    keys = jax.random.split(key, len(inputs))  # a net's start does not depend on the others
-    keys = dict(zip(inputs, keys, strict=True))
-    return {name: module.init(keys[name], *inputs[name]) for name, module in modules.items()}
-
-
-# ---- the method: guidance ----
-# c(t) for each form and h(t). Products, never h(t) times (1-t)/t: those factors overflow at the
-# ends of the path, their product does not.
-GUIDANCE = {
-    "score": {"t": lambda t: 1 - t, "t2": lambda t: t * (1 - t), "t2_over_1mt": lambda t: t},
-    "drop-time": {
-        "t": lambda t: t * (1 - t),
-        "t2": lambda t: t**2 * (1 - t),
-        "t2_over_1mt": lambda t: t**2,
-    },
-    "field": {
-        "t": lambda t: (1 - t) * (1 - 2 * t),
-        "t2": lambda t: t * (1 - t) * (2 - 3 * t),
-        "t2_over_1mt": lambda t: 2 * t * (1 - t),
-    },
-}
-
-
-def guidance_weight(params, t, nets, args):
-    """c(t)."""
-    if args.schedule == "learned":
-        return (1 - t) * nets.schedule(params["schedule"], t)
-    return GUIDANCE[args.velocity_form][args.schedule](t)
-
-
-def aggregate(q, how):
-    """Join the two critics' values: (2, ...) -> (...)."""
-    return q.min(axis=0) if how == "min" else q.mean(axis=0)
-
-
-def action_limit(args):
-    """Actions are clipped to this box; the toy's modes stand on its edge, so there it has none."""
-    return np.inf if args.critic == "exact" else 1.0
-
-
-def path_point(batch, eps, t):
-    """x_t on the straight path from noise to the data action."""
-    return t * batch["actions"] + (1 - t) * eps
-
-
-def energy_slope(state, batch, eps, t, nets, args):
-    """grad Q / scale where --grad-at says (B, A); Q at the data actions (B,); the scale."""
-    obs, x = batch["obs"], path_point(batch, eps, t)
-    if args.grad_at == "noisy":
-        y = x
-    elif args.grad_at == "mean":
-        y = t * batch["actions"]
-    elif args.grad_at == "data":
-        y = batch["actions"]
-    else:
-        y = x + (1 - t) * nets.velocity(state.ema, obs, x, t)
-
-    def q(actions):
-        return aggregate(nets.critic(state.target_critic, obs, actions), args.guidance_q)
-
-    limit = action_limit(args)
-    # the slope at the clipped action, not the slope of the clip: outside the box that would be 0
-    slope = jax.grad(lambda y: q(y).sum())(jnp.clip(y, -limit, limit))
-    data_q = q(batch["actions"])
-    scale = jnp.abs(data_q).mean() + 1e-6 if args.q_norm == "mean-abs" else 1.0
-    return slope / scale, data_q, scale
-
-
-def shorten(rows, limit):
-    """Rows no longer than `limit` (0: any length), direction kept -> (rows, share shortened)."""
-    length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
-    if limit == 0:
-        return rows, jnp.zeros(())
-    return rows * jnp.minimum(1, limit / jnp.maximum(length, 1e-12)), (length > limit).mean()
-
-
-# ---- the method: losses ----
-def policy_loss(params, state, batch, eps, t, settings, nets, args):
-    """Flow matching whose target is pulled up the energy's slope; t is (B, 1)."""
-    plain = batch["actions"] - eps
-    slope, q, _ = energy_slope(state, batch, eps, t, nets, args)
-    weight = guidance_weight(params, t, nets, args)
-    guidance, clipped = shorten(settings.guidance_lambda * weight * slope, args.guidance_clip)
-    target = jax.lax.stop_gradient(plain + guidance)  # last, so that lambda = 0 changes no bit
-    x = path_point(batch, eps, t)
-    velocity = nets.velocity(params["velocity"], batch["obs"], x, t)
-    loss = jnp.mean((velocity - target) ** 2)
-
-    plain_length, length = (jnp.linalg.norm(v, axis=-1) for v in (plain, guidance))
-    cosine = (plain * guidance).sum(-1) / jnp.maximum(plain_length * length, 1e-12)
-    info = dict(policy_loss=loss, flow_norm=plain_length.mean(), guidance_norm=length.mean())
-    info |= dict(guidance_ratio=length.mean() / plain_length.mean(), guidance_cosine=cosine.mean())
-    return loss, info | dict(guidance_clipped=clipped, q_abs=jnp.abs(q).mean())
-
-
-def critic_loss(params, batch, target, nets):
-    """Sum of both critics' mean squared errors to the fixed target (B,)."""
-    q = nets.critic(params["critic"], batch["obs"], batch["actions"])
-    loss = jnp.mean((q - target) ** 2, axis=-1).sum()
-    return loss, {"critic_loss": loss, "q": q.mean(), "td_target": target.mean()}
-
-
-def value_loss(params, state, batch, nets, args):
-    """V(s): under iql the expectile of the smaller target Q, else the mean of the guidance's Q."""
-    how = "min" if args.critic == "iql" else args.guidance_q
-    q = aggregate(nets.critic(state.target_critic, batch["obs"], batch["actions"]), how)
-    error = q - nets.value(params["value"], batch["obs"])
-    expectile = args.expectile if args.critic == "iql" else 0.5
-    loss = jnp.mean(jnp.where(error > 0, expectile, 1 - expectile) * error**2)
-    return loss, {"value_loss": loss, "advantage": error.mean()}
-
-
-def base_loss(params, batch, eps, t, nets):
-    """Flow without guidance, on the same draws as the policy: what a learned schedule corrects."""
-    velocity = nets.base(params["base"], batch["obs"], path_point(batch, eps, t), t)
-    loss = jnp.mean((velocity - (batch["actions"] - eps)) ** 2)
-    return loss, {"base_loss": loss}
-
-
-def schedule_loss(params, state, batch, eps, t, settings, nets, args):
-    """Learned h: rows weighted by exp(lambda Q), residual of the unguided flow against guidance."""
-    slope, q, scale = energy_slope(state, batch, eps, t, nets, args)
-    if nets.value is None:  # the toy has one state only
-        log_weight = settings.guidance_lambda * q / scale
-    else:  # V stands for the log-normaliser of each state
-        advantage = q - nets.value(params["value"], batch["obs"])
-        log_weight = jnp.minimum(settings.guidance_lambda * advantage / scale, 5)
-    row_weight = jax.lax.stop_gradient(jax.nn.softmax(log_weight))
-    base = nets.base(params["base"], batch["obs"], path_point(batch, eps, t), t)
-    residual = jax.lax.stop_gradient(batch["actions"] - eps - base)
-    guidance = settings.guidance_lambda * guidance_weight(params, t, nets, args) * slope
-    loss = (row_weight * ((residual - guidance) ** 2).mean(axis=-1)).sum()
-    info = dict(schedule_loss=loss, row_share=1 / (len(q) * (row_weight**2).sum()))
-    for percent in (0, 25, 50, 75, 95):
-        time = jnp.full((1, 1), percent / 100)
-        info[f"c_{percent}"] = guidance_weight(params, time, nets, args)[0, 0]
-    return loss, info
-
-
-# ---- the method: acting ----
-def flow_endpoint(velocity_params, nets, obs, x, args):
-    """Euler steps at t = 0, 1/K, ..., clipped once at the end."""
-
-    def euler_step(x, k):
-        t = jnp.full((*x.shape[:-1], 1), k / args.flow_steps)
-        return x + nets.velocity(velocity_params, obs, x, t) / args.flow_steps, None
-
-    x, _ = jax.lax.scan(euler_step, x, jnp.arange(args.flow_steps))
-    return jnp.clip(x, -action_limit(args), action_limit(args))
-
-
-def policy(state, obs, key, candidates, nets, args, act_dim):
-    """Best of `candidates` actions (A,) for one raw observation (D,), by the target critics."""
-    obs = jnp.broadcast_to((obs - state.obs_mean) / state.obs_std, (candidates, *obs.shape))
-    noise = jax.random.normal(key, (candidates, act_dim))
-    actions = flow_endpoint(state.ema, nets, obs, noise, args)
-    return actions[nets.critic(state.target_critic, obs, actions).min(axis=0).argmax()]
-
-
-def td_target(params, state, batch, key, nets, args):
-    """Fixed target (B,): V(s') under iql, else target critics at sampled actions of s'."""
-    next_obs = batch["next_obs"]
-    if args.critic == "iql":
-        next_q = nets.value(params["value"], next_obs)
-    else:
-        samples = (args.max_backup_samples, *batch["actions"].shape)
-        next_obs = jnp.broadcast_to(next_obs, (*samples[:2], next_obs.shape[-1]))
-        noise = jax.random.normal(key, samples)
-        next_actions = flow_endpoint(state.ema, nets, next_obs, noise, args)
-        q = nets.critic(state.target_critic, next_obs, next_actions)  # (2, M, B)
-        next_q = aggregate(q.max(axis=1), args.q_agg)  # each critic's best sample, then both
-    return jax.lax.stop_gradient(batch["returns"] + batch["discounts"] * next_q)
-
-
-# ---- the method: one update ----
-@flax.struct.dataclass
-class TrainState:
-    """Everything that training changes. Keys are functions of (seed, step), so none is stored."""
-
-    params: Any
-    target_critic: Any  # None where the critic is exact
-    ema: Any  # averaged parameters of the velocity net
-    opt_state: Any  # one per net
-    obs_mean: jax.Array
-    obs_std: jax.Array
-    seed: jax.Array
-    step: jax.Array
-
-
-class Settings(NamedTuple):
-    """Traced scalars, so that another lambda recompiles nothing and several can be vmapped."""
-
-    guidance_lambda: jax.Array
-
-
-def optimizer(args, name):
-    """Adam for one net, with clipping and decay where asked for."""
-    rate = 1e-3 if name == "schedule" else args.learning_rate
-    if args.lr_decay:
-        rate = optax.cosine_decay_schedule(rate, args.offline_steps)
-    adam = optax.adam(rate)
-    if args.grad_norm_clip:
-        return optax.chain(optax.clip_by_global_norm(args.grad_norm_clip), adam)
-    return adam
-
-
-def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
-    """Fresh state of one seed."""
-    params = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
-    return TrainState(
-        params=params,
-        target_critic=params.get("critic"),
-        ema=params["velocity"],
-        opt_state={name: optimizer(args, name).init(p) for name, p in params.items()},
-        obs_mean=obs_mean,
-        obs_std=obs_std,
-        seed=seed,
-        step=jnp.zeros((), jnp.int32),
-    )
-
-
-DRAWS = ("flow_noise", "flow_time", "td_noise")
-
-
-def update(state, batch, key, settings, nets, args):
-    """One step of every net, then the target critic and the averaged policy.
-
-    batch: obs, next_obs (B, D), actions (B, A), returns, discounts (B,).
-    """
-    keys = dict(zip(DRAWS, jax.random.split(key, len(DRAWS)), strict=True))
-    shape = batch["actions"].shape
-    eps = jax.random.normal(keys["flow_noise"], shape)
-    t = jax.random.uniform(keys["flow_time"], (shape[0], 1), maxval=1 - 1e-3)
-    drawn = (state, batch, eps, t, settings, nets, args)
-
-    def total_loss(params):
-        losses = [policy_loss(params, *drawn)]
-        if "critic" in params:
-            target = td_target(params, state, batch, keys["td_noise"], nets, args)
-            losses += [critic_loss(params, batch, target, nets)]
-        if "value" in params:
-            losses += [value_loss(params, state, batch, nets, args)]
-        if "schedule" in params:
-            losses += [base_loss(params, batch, eps, t, nets), schedule_loss(params, *drawn)]
-        info = functools.reduce(lambda a, b: a | b, (info for _, info in losses))
-        return sum(loss for loss, _ in losses), info
-
-    grads, info = jax.grad(total_loss, has_aux=True)(state.params)
-    params, opt_state = {}, {}
-    for name, old in state.params.items():
-        step, opt_state[name] = optimizer(args, name).update(
-            grads[name], state.opt_state[name], old
-        )
-        params[name] = optax.apply_updates(old, step)
-    if "schedule" in params:  # waits until base flow and value net mean something
-        new = (params["schedule"], opt_state["schedule"])
-        old = (state.params["schedule"], state.opt_state["schedule"])
-        waits = state.step < args.schedule_warmup
-        params["schedule"], opt_state["schedule"] = jax.tree.map(
-            lambda a, b: jnp.where(waits, a, b), old, new
-        )
-    target_critic = state.target_critic
-    if "critic" in params:
-        target_critic = optax.incremental_update(params["critic"], target_critic, args.tau)
-    ema = optax.incremental_update(params["velocity"], state.ema, 1 - args.ema_decay)
-    state = state.replace(
-        params=params, target_critic=target_critic, ema=ema, opt_state=opt_state,
-        step=state.step + 1,
-    )  # fmt: skip
-    return state, info
+# ---- this script's data ----
+def action_limit(task):
+    """1, or infinity where the task's environment has no box: the toy's modes stand on its edge."""
+    env = task.parts.get("env")
+    return 1.0 if env is None or np.isfinite(env.action_space.high).all() else np.inf
+
+
+def transform_rewards(raw, how):
+    """Rewards (N,) after --reward-transform."""
+    rewards = raw["rewards"]
+    if how == "antmaze-cql":
+        return 4 * (rewards - 0.5)
+    if how == "antmaze-iql":
+        return rewards - 1
+    if how == "standardize":
+        return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    if how == "return-range":
+        starts = np.flatnonzero(np.append(1, raw["terminals"][:-1]))
+        returns = np.add.reduceat(rewards, starts)
+        if not np.ptp(returns):
+            raise UserError(
+                f"--reward-transform return-range divides by the range of the episodes' returns, "
+                f"but all of them are {returns[0]:g} here; choose another one"
+            )
+        return 1000 * rewards / np.ptp(returns)
+    return rewards
+
+
+def prepare(raw, args, task):
+    """The dataset on the device, with its n-step targets: see `device_data`."""
+    rewards = transform_rewards(raw, args.reward_transform)
+    data = device_data(raw | {"rewards": rewards}, args.n_step, args.gamma)
+    limit = action_limit(task) - args.dataset_action_clip
+    return data | {"actions": jnp.asarray(np.clip(raw["actions"], -limit, limit), jnp.float32)}
 
 
 # ==== shared: runs ====
 PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
+REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}
 FREE_ON_RESUME = ("offline_steps", "online_steps", "eval_interval", "eval_episodes")
 FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate")
 # FREE_ALSO, a script's own, are free until its online phase has begun; with --evaluate env_backend
@@ -1377,23 +1577,21 @@ class Program:
         return self.executable(carry, n, *self.inputs)
 
 
-def zero_sums(metrics):
-    """Running sums of an update's metrics and of finished episodes, for one seed."""
-    zeros = {k: jnp.zeros(()) for k in ("count", "episodes", "return", "success")}
-    return zeros | {"train": {k: jnp.zeros(()) for k in metrics}}
+def zero_sums(learn, carry, *inputs):
+    """Sums of metrics before the first update, for all seeds; `carry` is what `learn` needs."""
+    one = jax.tree.map(lambda x: x[0], carry)
+    seeds = len(carry["state"].seed)
+    shapes = jax.eval_shape(learn, one, *inputs)["sums"]
+    return place(jax.tree.map(lambda s: jnp.zeros((seeds, *s.shape), s.dtype), shapes), seeds)
 
 
-def add_sums(sums, metrics):
-    """Add one update's metrics; the sums are fetched once per dispatch."""
-    train = jax.tree.map(jnp.add, sums["train"], metrics)
-    return sums | {"train": train, "count": sums["count"] + 1}
-
-
-def add_episodes(sums, returns, done, success):
-    """Add the episodes that ended in the online phase; returns, done, success are (E,)."""
-    done = done.astype(jnp.float32)
-    ended = {"episodes": done, "success": done * success, "return": done * returns}
-    return sums | {k: sums[k] + v.sum() for k, v in ended.items()}
+def add_sums(sums, metrics, updates=1):
+    """Add one update's metrics (None: start with them); fetched once per dispatch."""
+    if sums is None:
+        sums = {k: jnp.zeros(()) for k in ("count", "episodes", "return", "success")}
+        sums["train"] = {k: jnp.zeros(()) for k in metrics}
+    train = {k: v + updates * metrics.get(k, 0.0) for k, v in sums["train"].items()}
+    return sums | {"train": train, "count": sums["count"] + updates}
 
 
 def write_file(path, content, keep_previous=False):
@@ -1410,7 +1608,8 @@ def write_file(path, content, keep_previous=False):
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path}: {e.strerror}; free some space, then --resume {path.parent}"
+            f"cannot write {path}: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
+            f"--resume {shlex.quote(str(path.parent))}"
         ) from e
 
 
@@ -1434,23 +1633,28 @@ def load_checkpoint(run_dir):
             stored = flax.serialization.msgpack_restore(body)
             return stored["carry"], json.loads(stored["facts"])
         print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
-    raise UserError(f"no intact checkpoint in {run_dir}: give the directory of a run")
+    raise UserError(
+        f"no intact checkpoint in {run_dir}; if it is a run stopped before its first, start anew"
+    )
 
 
 def restore(template, tree, run_dir):
     """Put a loaded checkpoint into the structure, shapes and device layout of `template`.
 
-    A replay's ring may have become longer, for more online steps; it then has not wrapped yet.
+    A replay's ring may have become longer, for more online steps (it then has not wrapped yet), and
+    it stays as long as it was for fewer.
     """
 
     def lengthen(ring, longer):
         missing = max(0, longer.shape[1] - ring.shape[1])
         return np.pad(ring, [(0, 0), (0, missing), *[(0, 0)] * (ring.ndim - 2)])
 
+    layout = jax.tree.map(lambda x: x.sharding, template)
     try:
         if "replay" in tree and "replay" in template:
             rows = jax.tree.map(lengthen, tree["replay"]["rows"], template["replay"]["rows"])
             tree["replay"]["rows"] = rows
+            template = template | {"replay": template["replay"] | {"rows": rows}}
         loaded = flax.serialization.from_state_dict(template, tree)
         fits = jax.tree.map(
             lambda a, b: a.shape == b.shape and a.dtype == b.dtype, template, loaded
@@ -1459,7 +1663,29 @@ def restore(template, tree, run_dir):
             raise ValueError("shapes differ")
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"the checkpoint in {run_dir} does not fit its args.json: {e}") from e
-    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, template)
+    return jax.tree.map(jax.device_put, loaded, layout)
+
+
+def start_states(args, obs_dim, act_dim, mean, std):
+    """Fresh states of all seeds on the device(s)."""
+    seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
+    init = jax.vmap(lambda s, m, d: init_state(args, obs_dim, act_dim, m, d, s), (0, None, None))
+    return place(jax.jit(init)(seeds, mean, std), args.num_seeds)
+
+
+def resume(carry, phases, args):
+    """--resume: (the carry of the run's last checkpoint, its step); else the one given and 0."""
+    if not args.resume:
+        return carry, 0
+    tree, facts = load_checkpoint(args.resume)
+    step, end = facts["step"], phases[-1].end
+    if step > end or (step == end and (Path(args.resume) / "result.json").exists()):
+        raise UserError(
+            f"{args.resume} is complete at step {step:,}: give more steps or --evaluate"
+        )
+    phase = next(p for p in phases if step <= p.end)  # in which the checkpoint was made
+    carry = restore(phase.enter(carry), tree, args.resume)
+    return (phase.restart(carry) if phase.restart else carry), step
 
 
 def read_args(run_dir, argv, default):
@@ -1490,54 +1716,70 @@ def read_args(run_dir, argv, default):
 
 
 class Run:
-    """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json."""
+    """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json; and
+    what the training loop asks between dispatches."""
 
-    def __init__(self, args, task, dataset_source, data, policies, step=0):
+    def __init__(self, args, task, source, data, policies, step=0):
+        self.args, self.task, self.step, self.saved = args, task, step, step
         self.seeds = [args.seed + i for i in range(args.num_seeds)]
-        self.step, self.evals, self.csv, self.columns = step, [], None, None
+        self.evals, self.csv, self.columns, self.wandb = [], None, None, None
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
-        self.train_seconds, self.updates_per_s = 0.0, 0.0
+        self.train_seconds, self.updates_per_s, self.stop = 0.0, 0.0, StopSignal()
         packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "ogbench", "mujoco")
         commit, git = "", ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         if shutil.which("git"):
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         checksum = None  # of data from a file, which may be another one when the run is resumed
-        if dataset_source == "official" or ".npz" in dataset_source:
+        if data is not None and "in this script" not in source:
             names = ("observations", "actions", "rewards")
             checksum = functools.reduce(
                 lambda crc, k: zlib.crc32(np.ascontiguousarray(data[k]), crc), names, 0
             )
         self.facts = dict(
-            algo=ALGO,
-            task=task.name,
-            dataset_source=dataset_source,
-            dataset_crc32=checksum,
-            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            commit=commit or None,
+            algo=ALGO, task=task.name, dataset_source=source, dataset_crc32=checksum,
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}", commit=commit or None,
             versions={p: importlib.metadata.version(p) for p in packages},
             args=dataclasses.asdict(args),
-        )
-        if args.resume:
-            self.dir = Path(args.resume)
-            before = json.loads((self.dir / "args.json").read_text())
-            if before.get("dataset_crc32") != checksum:
-                raise UserError(
-                    f"{self.dir} was started on other data ({before.get('dataset_source')}): put "
-                    f"that file back, or start a new run"
-                )
-            self.cut_metrics()
-        else:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            name = task.name.removesuffix("-v0").replace("/", "-")
-            name = f"{name}__{ALGO}__{args.seed}__{stamp}"
-            self.dir = Path(args.out_dir) / name
+        )  # fmt: skip
+        self.resume() if args.resume else self.create()
+        self.write_json("args.json", self.facts)
+        self.header(data)
+
+    def create(self):
+        args, stamp = self.args, time.strftime("%Y%m%d-%H%M%S")
+        name = self.task.name.removesuffix("-v0").replace("/", "-")
+        self.dir = Path(args.out_dir) / f"{name}__{ALGO}__{args.seed}__{stamp}"
+        try:
             while self.dir.exists():
                 self.dir = self.dir.with_name(self.dir.name + "x")
-            try:
-                self.dir.mkdir(parents=True)
-            except OSError as e:
-                raise UserError(f"cannot create {self.dir}: {e.strerror}; choose --out-dir") from e
-        self.write_json("args.json", self.facts)
+            self.dir.mkdir(parents=True)
+        except (OSError, ValueError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise UserError(f"cannot create {self.dir}: {reason}; choose --out-dir") from e
+        self.lock()
+
+    def resume(self):
+        """Keep what args.json says of the start; drop the metrics after the checkpoint."""
+        self.dir = Path(self.args.resume)
+        self.lock()
+        before = json.loads((self.dir / "args.json").read_text())
+        if before.get("dataset_crc32") != self.facts["dataset_crc32"]:
+            raise UserError(
+                f"{self.dir} was started on other data ({before.get('dataset_source')}): put that "
+                f"file back, or start a new run"
+            )
+        now = {k: self.facts[k] for k in ("commit", "device", "versions")} | {"step": self.step}
+        resumes = [*before.get("resumes", []), now]
+        self.facts = before | {"args": self.facts["args"], "resumes": resumes}
+        self.cut_metrics()
+
+    def lock(self):
+        """Two processes must not write one run."""
+        self.lock_file = open(self.dir / ".lock", "w")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UserError(f"{self.dir} is in use by another process; wait for it to end") from e
 
     def write_json(self, name, content):
         write_file(self.dir / name, (json.dumps(content, indent=2) + "\n").encode())
@@ -1545,7 +1787,7 @@ class Run:
     def cut_metrics(self):
         """On resume, drop the rows after the checkpoint: they will be written again."""
         path = self.dir / "metrics.csv"
-        if not path.is_file():
+        if not path.is_file() or not path.stat().st_size:
             return
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
@@ -1557,30 +1799,6 @@ class Run:
         evals = [float(r[headline]) for r in rows if r[headline]]
         self.evals = np.reshape(evals, (-1, len(self.seeds))).tolist()
         self.train_seconds = float(rows[-1]["time/train_seconds"]) if rows else 0.0
-
-    def log(self, phase, values):
-        """One CSV row and TensorBoard point per seed; values are (num_seeds,) or scalars."""
-        try:
-            if self.csv is None:
-                from tensorboard.summary import Writer
-
-                self.columns = self.columns or ["step", "phase", "seed", *values]
-                self.csv = open(self.dir / "metrics.csv", "a", newline="")  # noqa: SIM115
-                self.writers = [Writer(str(self.dir / f"tb_seed{s}")) for s in self.seeds]
-            table = csv.DictWriter(self.csv, self.columns)
-            if self.csv.tell() == 0:
-                table.writeheader()
-            for i, seed in enumerate(self.seeds):
-                row = {k: float(np.broadcast_to(v, len(self.seeds))[i]) for k, v in values.items()}
-                row = {k: v for k, v in row.items() if not np.isnan(v)}  # nothing to report yet
-                table.writerow(dict(step=self.step, phase=phase, seed=seed, **row))
-                for name, value in row.items():
-                    self.writers[i].add_scalar(name, value, self.step)
-            self.csv.flush()
-        except OSError as e:
-            raise UserError(
-                f"cannot write metrics: {e.strerror}; free some space, then --resume {self.dir}"
-            ) from e
 
     def header(self, data):
         """Show what is about to run: the data, the machine and the resolved arguments."""
@@ -1594,6 +1812,137 @@ class Run:
             )
         fields = "  ".join(f"{k}={v}" for k, v in args.items() if v is not None)
         print(textwrap.fill(fields, 100, initial_indent="  ", subsequent_indent="  "), flush=True)
+
+    def begin(self, phase):
+        """A phase starts, or goes on after a resume."""
+        self.phase, self.quiet = phase, not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=phase.end, initial=self.step, desc=phase.name, unit="step", disable=self.quiet
+        )
+        self.rate, self.log_seconds, self.log_count = 8.0, 0.0, 0.0
+        self.compiled, self.said, self.before = (
+            phase.advance.seconds,
+            time.perf_counter(),
+            self.step,
+        )
+
+    def iterations(self):
+        """How many the next dispatch makes: about a second's, up to the next thing that is due."""
+        target = min([self.phase.end] + [(self.step // m + 1) * m for m in self.intervals()])
+        return max(1, min(-(-(target - self.step) // self.phase.stride), int(self.rate)))
+
+    def intervals(self):
+        return self.args.log_interval, self.args.eval_interval, self.args.checkpoint_interval
+
+    def note(self, n, sums, seconds):
+        """A dispatch of n iterations is done: time, bar or line; stop if the training diverged."""
+        phase = self.phase
+        compiling, self.compiled = phase.advance.seconds - self.compiled, phase.advance.seconds
+        if compiling:
+            tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
+        seconds -= compiling
+        self.before, self.step, self.rate = self.step, self.step + n * phase.stride, n / seconds
+        self.train_seconds, self.log_seconds = (
+            self.train_seconds + seconds,
+            self.log_seconds + seconds,
+        )
+        self.bar.update(self.step - self.before)
+        if self.quiet and time.perf_counter() - self.said > 10:  # no terminal: lines, not a bar
+            self.said, speed = time.perf_counter(), self.rate * phase.stride
+            eta = (phase.end - self.step) / speed
+            print(f"{phase.name} {self.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
+        broken = [k for k, v in sums["train"].items() if not np.isfinite(v).all()]
+        if broken:
+            rates = [k for k in vars(self.args) if k.endswith(("_lr", "learning_rate"))]
+            raise UserError(
+                f"training diverged before step {self.step:,}: {', '.join(broken)} not finite; "
+                f"step {self.saved:,} is the last good one in {self.dir}; try a lower "
+                + " or ".join("--" + rate.replace("_", "-") for rate in rates)
+            )
+
+    def due(self):
+        """Whether to log, to evaluate, to save."""
+        over = self.step >= self.phase.end
+        return [over or self.step // m > self.before // m for m in self.intervals()]
+
+    def averages(self, sums, carry):
+        """Metrics since the last log, one value per seed; what nothing is known of is NaN."""
+        count, episodes = np.asarray(sums["count"]), np.asarray(sums["episodes"])
+        mean = lambda total, n: np.where(n > 0, total / np.maximum(n, 1), np.nan)
+        self.updates_per_s = float(count.flat[0] / self.log_seconds)
+        values = {f"train/{k}": mean(v, count) for k, v in sums["train"].items()}
+        values |= {f"online/{k}": mean(sums[k], episodes) for k in ("return", "success")}
+        if "recent" in carry:  # the last episodes' returns, as many as there were
+            recent = np.asarray(carry["recent"])
+            values["charts/episodic_return"] = mean(
+                np.nansum(recent, axis=1), (~np.isnan(recent)).sum(axis=1)
+            )
+        values["time/updates_per_s"] = self.updates_per_s
+        values["time/train_seconds"] = self.train_seconds
+        values["time/compile_s"], self.log_seconds = self.phase.advance.seconds, 0.0
+        return values | {f"eval/{k}": np.nan for k in self.metrics}
+
+    def note_evaluation(self, results):
+        self.evals.append(results[self.metrics[0]].mean(axis=1).tolist())
+        tqdm.write(f"{self.phase.name} step {self.step:>9,}  {summary(results)}")
+        return {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
+
+    def log(self, values):
+        """One CSV row and TensorBoard point per seed; values are (num_seeds,) or scalars."""
+        try:
+            if self.csv is None:
+                self.open_logs(values)
+            table = csv.DictWriter(self.csv, self.columns, extrasaction="ignore")
+            if self.csv.tell() == 0:
+                table.writeheader()
+            for i, seed in enumerate(self.seeds):
+                row = {k: float(np.broadcast_to(v, len(self.seeds))[i]) for k, v in values.items()}
+                row = {k: v for k, v in row.items() if not np.isnan(v)}  # nothing to report yet
+                table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
+                for name, value in row.items():
+                    self.writers[i].add_scalar(name, value, self.step)
+                if self.wandb:
+                    self.wandb.log({f"{k}/seed{seed}": v for k, v in row.items()}, self.step)
+            self.csv.flush()
+        except OSError as e:
+            raise UserError(
+                f"cannot write metrics: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
+                f"--resume {self.quoted}"
+            ) from e
+
+    def open_logs(self, values):
+        from tensorboard.summary import Writer
+
+        names = ["step", "phase", "seed", *values]  # online runs know of more, later
+        names += [] if "charts/episodic_return" in values else ["charts/episodic_return"]
+        self.columns = self.columns or names
+        self.csv = open(self.dir / "metrics.csv", "a", newline="")
+        self.writers = [Writer(str(self.dir / f"tb_seed{s}")) for s in self.seeds]
+        if project := self.args.wandb_project:
+            import wandb
+
+            name = self.dir.name
+            self.wandb = wandb.init(project=project, id=name, config=self.facts, resume="allow")
+
+    @property
+    def quoted(self):
+        return shlex.quote(str(self.dir))
+
+    def save(self, carry):
+        save_checkpoint(self.dir, carry, dict(step=self.step))
+        self.saved = self.step
+
+    def leave(self):
+        """Ctrl-C or a signal: all is saved."""
+        self.bar.close()
+        print(f"stopped; --resume {self.quoted} continues at {self.saved:,}", file=sys.stderr)
+        raise SystemExit(128 + self.stop.number)
+
+    def end_phase(self, nets, state):
+        self.bar.close()
+        if draw := self.task.parts.get("after_phase"):
+            script = sys.modules[__name__]
+            ask(draw, self.dir, self.phase.name, script, nets, self.args, state)
 
     def finish(self, results):
         """Write result.json and print the same figures as the last line."""
@@ -1612,8 +1961,9 @@ class Run:
 
 
 def metric_names(task, policies):
-    """What one evaluation measures: success (where the task has it), return and length by mode."""
-    kinds = ("success", "return", "length") if task.success else ("return", "length")
+    """What one evaluation measures, by mode of acting: score and success where the task has them,
+    return, length."""
+    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
     return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
 
 
@@ -1628,12 +1978,12 @@ def summary(results):
 
 
 class StopSignal:
-    """First Ctrl-C or SIGTERM: finish the dispatch and checkpoint. Second: stop at once."""
+    """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
 
     def __init__(self):
         self.number = None
-        signal.signal(signal.SIGINT, self)
-        signal.signal(signal.SIGTERM, self)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self)
 
     def __call__(self, number, frame):
         if self.number is not None:
@@ -1648,96 +1998,10 @@ class Phase(NamedTuple):
     name: str
     start: int
     end: int
-    enter: Callable  # carry of the phase before -> carry of this one
     advance: Callable
+    enter: Callable = lambda carry: carry  # from the carry of the phase before
     stride: int = 1
     restart: Callable | None = None  # host environments begin new episodes at each checkpoint
-
-
-def train_loop(run, carry, phases, evaluate, args):
-    """Run the phases; log, evaluate and checkpoint between dispatches. Returns the last evaluation.
-
-    A dispatch lasts about a second, so that the bar moves and Ctrl-C is heard. What is computed and
-    logged does not depend on how long dispatches are.
-    """
-    intervals = (args.updates_per_dispatch, args.eval_interval, args.checkpoint_interval)
-    stop, saved = StopSignal(), run.step
-    if run.step >= phases[-1].end:
-        if (run.dir / "result.json").exists():
-            raise UserError(
-                f"{run.dir} is complete at step {run.step:,}: give more steps or --evaluate"
-            )
-        return evaluate(carry["state"], run.step)  # stopped between the last checkpoint and this
-
-    for phase in (p for p in phases if run.step < p.end):
-        if run.step == phase.start:
-            carry = phase.enter(carry)
-        quiet = not sys.stderr.isatty()
-        bar = tqdm(total=phase.end, initial=run.step, desc=phase.name, unit="step", disable=quiet)
-        rate, log_seconds, said = 8.0, 0.0, time.perf_counter()
-        while run.step < phase.end:
-            target = min([phase.end] + [(run.step // m + 1) * m for m in intervals])
-            n = max(1, min(-(-(target - run.step) // phase.stride), int(rate)))
-            compiled, start = phase.advance.seconds, time.perf_counter()
-            carry = phase.advance(carry, n)
-            sums = jax.device_get(carry["sums"])
-            compiling = phase.advance.seconds - compiled
-            if compiling:
-                tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
-            seconds = time.perf_counter() - start - compiling
-            before, run.step, rate = run.step, run.step + n * phase.stride, n / seconds
-            run.train_seconds, log_seconds = run.train_seconds + seconds, log_seconds + seconds
-            bar.update(run.step - before)
-            if quiet and time.perf_counter() - said > 10:  # not a terminal: lines, not a bar
-                said, speed = time.perf_counter(), rate * phase.stride
-                eta = (phase.end - run.step) / speed
-                print(f"{phase.name} {run.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
-            broken = [k for k, v in sums["train"].items() if not np.isfinite(v).all()]
-            if broken:
-                raise UserError(
-                    f"training diverged before step {run.step:,}: {', '.join(broken)} not finite; "
-                    f"step {saved:,} is the last good one in {run.dir}; try a lower --learning-rate"
-                )
-
-            log, evaluation, checkpoint = (
-                run.step // m > before // m or run.step >= phase.end for m in intervals
-            )
-            if log or evaluation:
-                count, episodes = np.maximum(sums["count"], 1), np.maximum(sums["episodes"], 1)
-                run.updates_per_s = float(sums["count"].flat[0] / log_seconds)
-                values = {f"train/{k}": v / count for k, v in sums["train"].items()}
-                for name in ("return", "success"):
-                    mean = np.where(sums["episodes"] > 0, sums[name] / episodes, np.nan)
-                    values[f"online/{name}"] = mean
-                values["time/updates_per_s"] = run.updates_per_s
-                values["time/train_seconds"] = run.train_seconds
-                values["time/compile_s"] = phase.advance.seconds
-                if "recent" in carry:  # the last episodes' returns, as many as there were
-                    recent = np.asarray(carry["recent"])
-                    known = np.maximum((~np.isnan(recent)).sum(axis=1), 1)
-                    mean = np.where(np.isnan(recent[:, 0]), np.nan, np.nansum(recent, 1) / known)
-                    values["charts/episodic_return"] = mean
-                values |= {f"eval/{k}": np.nan for k in run.metrics}
-                zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
-                carry, log_seconds = carry | {"sums": place(zeros, args.num_seeds)}, 0.0
-            if evaluation:
-                results = evaluate(carry["state"], run.step)
-                values |= {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
-                run.evals.append(results[run.metrics[0]].mean(axis=1).tolist())
-                tqdm.write(f"{phase.name} step {run.step:>9,}  {summary(results)}")
-            if log or evaluation:
-                run.log(phase.name, values)
-            stopping = stop.number is not None and run.step < phases[-1].end
-            if checkpoint or (stopping and phase.restart is None):
-                carry = phase.restart(carry) if phase.restart else carry
-                save_checkpoint(run.dir, carry, dict(step=run.step))
-                saved = run.step
-            if stopping:
-                bar.close()
-                print(f"stopped; --resume {run.dir} continues at {saved:,}", file=sys.stderr)
-                raise SystemExit(128 + stop.number)
-        bar.close()
-    return results
 
 
 def make_evaluate(task, env, policies, args):
@@ -1747,13 +2011,14 @@ def make_evaluate(task, env, policies, args):
     H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
     """
     seeds = [args.seed + i for i in range(args.num_seeds)]
-    slots = max(1, min(args.eval_episodes, (os.cpu_count() or 1) // args.num_seeds))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    slots = max(1, min(args.eval_episodes, (cores or 1) // args.num_seeds))
+    env = None if args.env_backend == "mjx" else env  # reported numbers are the official engine's
 
     @functools.cache  # made at the first evaluation and kept
     def host_envs():
         disabled = gymnasium.vector.AutoresetMode.DISABLED
-        timing = args.success_timing if task.dataset else None
-        return make_host_envs(task.gym_id, timing, slots * args.num_seeds, disabled)
+        return make_host_envs(task, args, slots * args.num_seeds, disabled)
 
     def run_jax(policy, state, step):
         key = purpose_key(state.seed, "eval", step)
@@ -1792,6 +2057,8 @@ def make_evaluate(task, env, policies, args):
         measured = {}
         for mode, run_episodes in modes.items():
             result = jax.device_get(run_episodes(state, step))
+            if score := task.parts.get("score"):
+                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
             measured |= {f"{k}_{mode}".rstrip("_"): v for k, v in result.items()}
         return {name: measured[name] for name in metric_names(task, policies)}
 
@@ -1820,22 +2087,50 @@ def check_numbers(args, unbounded=(), zero=()):
             continue
         may_be_0 = ("seed", "offline_steps", "online_steps", *zero)
         low = 0 if isinstance(value, float) or name in may_be_0 else 1
-        high = 1 if name in ("gamma", "tau") else np.inf
+        high = {"gamma": 1, "tau": 1, "seed": 2**31 - 1}.get(name, np.inf)
         if not low <= value <= high:
             bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
+    if args.seed + args.num_seeds > 2**31:
+        raise UserError("--seed plus --num-seeds must stay below 2^31")
 
 
-def command_line(run, args_type, argv=None):
-    """Parse the flags and call `run(args)`; what the user can mend is one sentence, exit code 2."""
+def fill(args, **values):
+    """Set those of `values` that no flag has set."""
+    unset = {k: v for k, v in values.items() if getattr(args, k) is None}
+    return dataclasses.replace(args, **unset)
+
+
+def task_table(task, defaults):
+    """What a task sets when no flag does: `defaults`, then the task's, then those of its file."""
+    family = next(prefix for prefix in TASK_DEFAULTS if task.base.startswith(prefix))
+    own = task.parts.get("defaults", {})
+    return defaults | TASK_DEFAULTS[family] | own.get("", {}) | own.get(ALGO, {})
+
+
+def own_flags(table):
+    """The part of a table that this script has flags for."""
+    return {k: v for k, v in table.items() if k in Args.__dataclass_fields__}
+
+
+def command_line(main, args_type, argv=None):
+    """Parse the flags, call `main(args)`; what the user can mend is one sentence, exit code 2."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress too
     try:
         args = tyro.cli(args_type, args=argv)
+        if "" in (args.resume, args.evaluate):
+            raise UserError("--resume and --evaluate need the directory of a run, but got ''")
         if args.resume or args.evaluate:
             args = read_args(args.resume or args.evaluate, argv, args_type())
-        run(args)
+        main(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except (jax.errors.JaxRuntimeError, MemoryError) as e:
+        if not any(word in str(e) for word in ("RESOURCE_EXHAUSTED", "ut of memory")):
+            raise
+        print(f"error: out of memory; fewer --num-seeds, smaller networks, --batch-size or "
+              f"--buffer-size ({str(e).splitlines()[0][:150]})", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted before training began; nothing was written", file=sys.stderr)
@@ -1843,23 +2138,34 @@ def command_line(run, args_type, argv=None):
     return 0
 
 
+def evaluate_only(args, task):
+    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
+    tree, facts = load_checkpoint(args.evaluate)
+    env = make_jax_env(task, args)
+    spaces = env or make_host_env(task, args.success_timing)
+    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
+    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
+    state = restore(state, tree["state"], args.evaluate)
+    policies = evaluation_policies(make_networks(args, act_dim), args)
+    results = make_evaluate(task, env, policies, args)(state, facts["step"])
+    print_evaluation(task, args, policies, facts["step"], results)
+    return results
+
+
 # ==== end shared: runs ====
 
 
-# ---- from flags to a run ----
-OTHER_TASKS = ("energy-toy",)
+# ---- this script's flags ----
+JAX_ENVS = {}  # built-in environments beside the point mazes: name -> constructor
+FREE_ALSO = ()  # flags that may still change when a run is resumed
+EVALUATION_FLAGS = ("eval_candidates", "flow_steps")  # flags that may change with --evaluate
 
 
 def resolve(args, task):
     """Fill what no flag set from the task table; refuse what is out of range or contradictory."""
-    family = next(prefix for prefix in TASK_DEFAULTS if task.base.startswith(prefix))
-    args = fill(args, env_id=task.name, **(DEFAULTS | TASK_DEFAULTS[family]))
-    args = fill(
-        args,
-        critic_hidden_dims=args.hidden_dims,
-        actor_hidden_dims=args.hidden_dims,
-        checkpoint_interval=args.eval_interval,
-    )
+    given, args = args, fill(args, **own_flags(task_table(task, DEFAULTS)))
+    hidden = args.hidden_dims
+    args = fill(args, critic_hidden_dims=hidden, actor_hidden_dims=hidden)
     check_numbers(args, zero=("schedule_warmup",))
     for name in ("critic_hidden_dims", "actor_hidden_dims"):
         if min(getattr(args, name), default=0) < 1:
@@ -1869,148 +2175,14 @@ def resolve(args, task):
     for name in ("ema_decay", "expectile", "dataset_action_clip"):
         if not getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be below 1")
+    if args.critic == "exact" and "critic" not in task.parts:
+        raise UserError("--critic exact needs a task file that knows its Q; drop --critic")
     if args.schedule == "learned" and args.velocity_form != "score":
         raise UserError("--schedule learned needs --velocity-form score")
-    if (args.critic == "exact") != (task.base in OTHER_TASKS):
-        raise UserError("--critic exact belongs to energy-toy, which has no other; drop --critic")
-    if args.max_backup_samples > 1 and args.critic != "td":
-        raise UserError("--max-backup-samples needs --critic td, the only one that samples actions")
-    return args
-
-
-def fill(args, **values):
-    """Set those of `values` that no flag has set; env_id always."""
-    unset = {k: v for k, v in values.items() if getattr(args, k) is None or k == "env_id"}
-    return dataclasses.replace(args, **unset)
-
-
-def make_jax_env(task, args):
-    """The task's environment as pure functions, or None where only the official one exists."""
-    maze = task.base.removeprefix("pointmaze-")
-    if task.base == "energy-toy" and args.env_backend != "host":
-        return EnergyToy()
-    if task.base != maze and maze in MAZES and args.env_backend != "host":
-        return PointMaze(maze, task.index, args.success_timing)
-    if args.env_backend == "jax" or not task.gym_id:
-        raise UserError(f"{task.name} has no {args.env_backend} environment; drop --env-backend")
-    return None
-
-
-def transform_rewards(raw, how):
-    """Rewards (N,) after --reward-transform."""
-    rewards = raw["rewards"]
-    if how == "antmaze-cql":
-        return 4 * (rewards - 0.5)
-    if how == "antmaze-iql":
-        return rewards - 1
-    if how == "standardize":
-        return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-    if how == "return-range":
-        starts = np.flatnonzero(np.append(1, raw["terminals"][:-1]))
-        returns = np.add.reduceat(rewards, starts)
-        return 1000 * rewards / max(returns.max() - returns.min(), 1e-6)
-    return rewards
-
-
-def prepare(raw, args):
-    """The dataset on the device, with its n-step targets: see `device_data`."""
-    rewards = transform_rewards(raw, args.reward_transform)
-    data = device_data(raw | {"rewards": rewards}, args.n_step, args.gamma)
-    limit = action_limit(args) - args.dataset_action_clip
-    return data | {"actions": jnp.asarray(np.clip(raw["actions"], -limit, limit), jnp.float32)}
-
-
-def sample_and_update(carry, data, settings, nets, args):
-    """Sample a batch and update once -> (carry, metrics)."""
-    state = carry["state"]
-    batch_key, update_key = jax.random.split(purpose_key(state.seed, "update", state.step))
-    index = jax.random.randint(batch_key, (args.batch_size,), 0, data["returns"].shape[0])
-    batch = {k: v[index] for k, v in data.items()}
-    for name in ("obs", "next_obs"):
-        batch[name] = (batch[name] - state.obs_mean) / state.obs_std
-    state, metrics = update(state, batch, update_key, settings, nets, args)
-    return carry | {"state": state}, metrics
-
-
-def gradient_step(carry, data, settings, nets, args):
-    """`sample_and_update` with its metrics added to the running sums."""
-    carry, metrics = sample_and_update(carry, data, settings, nets, args)
-    return carry | {"sums": add_sums(carry["sums"], metrics)}
-
-
-def make_phases(task, env, data, nets, args):
-    """The one phase, offline."""
-    settings = Settings(jnp.float32(args.guidance_lambda))
-
-    def learn(carry, data, settings):
-        return gradient_step(carry, data, settings, nets, args)
-
-    return [Phase("offline", 0, args.offline_steps, lambda c: c, Program(learn, data, settings))]
-
-
-def start_states(args, obs_dim, act_dim, mean, std):
-    """Fresh states of all seeds on the device(s)."""
-    seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
-    init = jax.vmap(lambda seed: init_state(args, obs_dim, act_dim, mean, std, seed))
-    return place(jax.jit(init)(seeds), args.num_seeds)
-
-
-def evaluation_policies(nets, args, act_dim):
-    """One sample, and the best of --eval-candidates."""
-    fixed = dict(nets=nets, args=args, act_dim=act_dim)
-    counts = sorted({1, args.eval_candidates})
-    return {f"n{n}": functools.partial(policy, candidates=n, **fixed) for n in counts}
-
-
-def train(args, task):
-    """Train from the start, or from the checkpoint of --resume; writes the run directory."""
-    tree, facts = load_checkpoint(args.resume) if args.resume else (None, {"step": 0})
-    env = make_jax_env(task, args)
-    if task.base == "energy-toy":
-        raw, source = toy_dataset(seed=0), "generated"
-    else:
-        raw, source = load_dataset(task, args.dataset_dir, args.success_timing)
-    data = place(prepare(raw, args), args.num_seeds, copy=True)
-    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
-    nets = make_networks(args, act_dim)
-    mean, std = jnp.zeros(obs_dim), jnp.ones(obs_dim)
-    if args.normalize_obs:
-        mean, std = data["obs"].mean(axis=0), data["obs"].std(axis=0) + 1e-6
-    phases = make_phases(task, env, data, nets, args)
-
-    state = start_states(args, obs_dim, act_dim, mean, std)
-    one = jax.tree.map(lambda x: x[0], state)
-    inputs = (data, phases[0].advance.inputs[1], nets, args)
-    _, metrics = jax.eval_shape(lambda s: sample_and_update({"state": s}, *inputs), one)
-    sums = jax.vmap(lambda seed: zero_sums(metrics))(state.seed)
-    carry = dict(state=state, sums=place(sums, args.num_seeds))
-    if tree is not None:
-        carry = restore(carry, tree, args.resume)
-    policies = evaluation_policies(nets, args, act_dim)
-    run = Run(args, task, source, raw, policies, facts["step"])
-    run.header(raw)
-    evaluate = make_evaluate(task, env, policies, args)
-    run.finish(train_loop(run, carry, phases, evaluate, args))
-
-
-def evaluate_only(args, task):
-    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
-    tree, facts = load_checkpoint(args.evaluate)
-    env = make_jax_env(task, args)
-    spaces = env or make_host_env(task.gym_id, args.success_timing)
-    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
-    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    state = restore(state, tree["state"], args.evaluate)
-    policies = evaluation_policies(make_networks(args, act_dim), args, act_dim)
-    results = make_evaluate(task, env, policies, args)(state, facts["step"])
-    print_evaluation(task, args, policies, facts["step"], results)
-
-
-# ---- main ----
-def run(args):
-    """Resolve the arguments, then train or evaluate."""
-    task = parse_task(args.env_id, OTHER_TASKS)
-    args = resolve(args, task)
+    if args.schedule == "learned" and args.guidance_lambda == 0:
+        raise UserError("--schedule learned needs --guidance-lambda above 0: nothing is guided")
+    if not (args.resume or args.evaluate):  # there, no flag is new
+        refuse_idle(given, args)
     if args.resume and args.lr_decay:
         steps = read_args(args.resume, [], Args()).offline_steps
         if steps != args.offline_steps:
@@ -2018,10 +2190,30 @@ def run(args):
                 f"--lr-decay ends at --offline-steps, {steps} in {args.resume}, which cannot "
                 "change; start a new run"
             )
-    if args.matmul_precision != "default":
-        jax.config.update("jax_default_matmul_precision", args.matmul_precision)
-    evaluate_only(args, task) if args.evaluate else train(args, task)
+    return args
+
+
+def refuse_idle(given, args):
+    """Refuse flags that were given and have no effect; `args` are the resolved ones."""
+    needs = {  # what flags need: (whether it is so, the flags)
+        "--critic td, the only one that samples actions": (
+            args.critic == "td", ("q_agg", "max_backup_samples"),
+        ),
+        "--critic iql": (args.critic == "iql", ("expectile",)),
+        "--schedule learned": (args.schedule == "learned", ("schedule_warmup",)),
+        "a critic that learns, --critic td or iql": (
+            args.critic != "exact", ("reward_transform", "gamma", "n_step", "tau", "guidance_q",
+                                     "critic_hidden_dims", "critic_layer_norm"),
+        ),
+    }  # fmt: skip
+    for what, (fulfilled, names) in needs.items():
+        for name in names:
+            if not fulfilled and getattr(given, name) != getattr(Args, name):
+                raise UserError(f"--{name.replace('_', '-')} needs {what}; drop it")
+
+
+# endregion
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(run, Args))
+    sys.exit(command_line(main, Args))

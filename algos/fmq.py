@@ -32,14 +32,12 @@ Deviations from the released code (and, where marked P, from the paper)
   1. eta / (1 + beta delta) as in the paper: the code leaves eta out of its adaptive radius (the
      default eta = 1 makes both the same).  Without --adaptive-eta eta is 0.5, as there.
   2. Settings are those of the code's YAML files, not of its Python defaults.
-  3. QGBS completes with the flow map X_{t',1}, as the paper's Algorithm 2; the code takes one Euler
-     step along u(s, x, t', t'), which --qgbs-completion diagonal does.
+  3. QGBS completes with X_{t',1} (Algorithm 2); the code's Euler step: --qgbs-completion diagonal.
   4. P: acting is best-of-32, as in the code; Algorithm 1 draws one chunk (mode one-step).
   5. BoN selects with the online critic and takes the target critic's value; agg is the mean
      offline, min online (mvp, flow: mean) and a flag.  The code's comments say min throughout.
   6. Q_1's gradient guides FMQ, that of the min QGBS, as in the code.
-  7. |u - u_off| <= eta; another statement of the theorem squares the norm, which does not fit its
-     solution.
+  7. |u - u_off| <= eta; with the norm squared, as also stated, the solution would not fit.
   8. No behaviour cloning online; --online-cons-weight and --online-diag-weight bring it back.
   9. MVP is "as in the FMQ code": the offline loss goes on, on old and new data.
  10. gamma = 0.99 also on mazes, as in the code.
@@ -52,9 +50,6 @@ Deviations from the released code (and, where marked P, from the paper)
      updates run while the simulators step, on the rows before those steps.
  16. With --actor flow, QGBS completes by the flow's Euler steps from t' to 1.
  17. --normalize-obs, small networks and fewer samples exist for quick runs; paper: off, 512, 32.
-
-Where to look: the method is below "# ---- networks" and "# ---- the method"; what stands between
-"# ==== shared: NAME ====" lines is the same in every script of this repository.
 
 Modes
   python algos/fmq.py                                     both phases on pointmaze-medium, minutes
@@ -75,38 +70,25 @@ Modes
 #   "gymnasium==1.4.0",
 #   "ogbench==1.2.2",
 #   "mujoco==3.17.0",
-#   "mujoco-mjx==3.17.0",
 #   "tensorboard==2.21.0",
 #   "tqdm==4.70.1",
 # ]
 # ///
 
-import contextlib
-import copy
-import csv
 import dataclasses
-import difflib
 import functools
-import hashlib
-import importlib.metadata
-import json
-import multiprocessing
 import os
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import textwrap
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # headless rendering
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # share the GPU with others
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/cleanflow/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import flax
 import flax.linen as nn
@@ -116,64 +98,57 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from gymnasium.experimental.functional import FuncEnv
-from tqdm import tqdm
 
 ALGO = "fmq"
-FREE_ALSO = (  # flags that may still change when a run without online phase is resumed
-    "online_objective", "mvp_target", "eta", "adaptive_eta", "beta", "normalize_grad", "grad_at",
-    "online_cons_weight", "online_diag_weight", "q_agg_online", "learning_starts", "utd",
-    "buffer_size",
-)  # fmt: skip
-EVALUATION_FLAGS = (  # flags that may change with --evaluate
-    "eval_modes", "num_samples", "qgbs_beam", "qgbs_branches", "qgbs_rounds", "qgbs_snr",
-    "qgbs_eta", "qgbs_completion",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
+    num_envs = 1  # not a flag: one environment per seed
+
     # ---- experiment ----
     env_id: str = "pointmaze-medium"
-    """task: an OGBench single-task id or a short name (antmaze-giant-task4, cube-triple-task3)"""
+    """task: an OGBench single-task id, a short name (antmaze-giant, cube-double-task4), a Gymnasium
+    id (with --dataset), or FILE.py:NAME, a task file"""
     seed: int = 0  # first seed
     num_seeds: int = 1  # train this many seeds (seed, seed+1, ...) in one vmapped program
     out_dir: str = "runs"  # directory in which the run directory is created
     evaluate: str | None = None
     """run directory: load its checkpoint, evaluate, print a table, train nothing"""
     resume: str | None = None  # run directory: continue it exactly where its last checkpoint stands
+    wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """float32 matmuls: JAX's default (TF32 on recent GPUs), high or highest"""
 
     # ---- environment and data ----
     env_backend: Literal["auto", "jax", "host", "mjx"] = "auto"
-    """jax: vmapped environment inside the program (point mazes); host: the official
-    environment through gymnasium.vector; auto: jax where it exists, else host;
-    mjx: antmaze-* vmapped inside the program, for a GPU (far slower than host on a CPU)"""
+    """jax: vmapped environment inside the program (point mazes); host: the official environment
+    through gymnasium.vector; auto: jax where it exists, else host; mjx: ant mazes vmapped inside
+    the program, for a GPU (far slower than host on a CPU; evaluation stays official)"""
     success_timing: Literal["post", "pre"] = "post"
     """reward and success after the action (post, as published) or before it (pre, OGBench 1.2)"""
+    dataset: str | None = None  # transitions of your own: FILE.npz or FILE.hdf5 (see README)
     dataset_dir: str = "~/.ogbench/data"
     """where OGBench datasets are looked for, downloaded to or collected into"""
     normalize_obs: bool | None = None
     """standardise observations with the dataset's mean and deviation (paper: no)"""
     sparse: bool | None = None
-    """every reward but 0 becomes -1, in the dataset and online (default: for scene only)"""
+    """every reward but 0 becomes -1, in the data and online (OGBench only; default: scene only)"""
 
     # ---- schedule ----
     offline_steps: int | None = None  # offline gradient steps (paper: 1,000,000)
-    online_steps: int | None = None
-    """online environment steps after the offline phase (paper: 1,000,000)"""
-    learning_starts: int | None = None  # online environment steps before the first online update
-    updates_per_dispatch: int | None = None
-    """steps over which metrics are averaged before they are logged"""
+    online_steps: int | None = None  # online environment steps after that (paper: 1,000,000)
+    learning_starts: int | None = None  # online steps before the first update, in whole chunks
+    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = (
+        None  # log the metrics' mean over this many steps
+    )
     eval_interval: int | None = None  # evaluate every this many steps and at the end of each phase
     eval_episodes: int | None = None  # episodes per evaluation, mode and seed
     eval_modes: tuple[Literal["best-of-n", "one-step", "qgbs"], ...] = (
         "best-of-n", "one-step", "qgbs",
     )  # fmt: skip
     """ways to act that each evaluation tries; the first gives the headline number"""
-    checkpoint_interval: int | None = None
-    """checkpoint every this many steps and at the end (default: eval-interval)"""
+    checkpoint_interval: int | None = None  # checkpoint every this many steps and at the end
 
     # ---- optimisation ----
     batch_size: int = 256  # windows per gradient step
@@ -201,20 +176,17 @@ class Args:
     consistency: Literal["eulerian", "semigroup", "lagrangian"] = "eulerian"
     """which identity of flow maps the offline loss asks for"""
     consistency_warmup: int | None = None  # updates with the diagonal loss alone (paper: 5,000)
-    consistency_anneal_end: int | None = None
-    """updates after which time pairs have their full gap (paper: 50,000)"""
+    consistency_anneal_end: int | None = None  # updates before gaps t - r are full (paper: 50,000)
     online_objective: Literal["fmq", "mvp"] | None = None
-    """fmq: Q-guided steps off the frozen actor; mvp: the offline loss goes on (default: fmq, with
-    --actor flow mvp)"""
+    """fmq: Q-guided steps off the frozen actor; mvp: the offline loss goes on (flow's default)"""
     mvp_target: Literal["buffer", "reselect"] = "buffer"
     """mvp imitates the chunks in the buffer, or the best of n at their states"""
-    eta: float | None = None
-    """trust-region radius of FMQ (paper: 1, without --adaptive-eta 0.5)"""
+    eta: float | None = None  # trust-region radius of FMQ (paper: 1, without --adaptive-eta 0.5)
     adaptive_eta: bool = True  # shrink the radius where the critics disagree
     beta: float = 0.3  # how much disagreement shrinks the radius
     normalize_grad: bool = True  # FMQ steps along the unit gradient, or along the gradient itself
     grad_at: Literal["offline", "online"] = "offline"
-    """whose endpoint the critic's gradient is taken at: the frozen or the current actor's"""
+    """whose endpoint has the gradient, the frozen or current actor's; disagreement: the frozen's"""
     online_cons_weight: float = 0.0  # weight of the consistency loss beside L_FMQ
     online_diag_weight: float = 0.0  # weight of the diagonal loss beside L_FMQ
     qgbs_beam: int = 4  # M, chunks that survive a round of beam search
@@ -230,21 +202,566 @@ class Args:
 # [code] released FMQ code, [ours] chosen here.
 PAPER = dict(  # [code]
     offline_steps=1_000_000, online_steps=1_000_000, learning_starts=5_000,
-    updates_per_dispatch=500, eval_interval=100_000, eval_episodes=50, normalize_obs=False,
-    sparse=False, hidden_dims=(512, 512, 512, 512), learning_rate=3e-4, tau=0.005, gamma=0.99,
-    num_samples=32, consistency_warmup=5_000, consistency_anneal_end=50_000,
+    log_interval=500, eval_interval=100_000, eval_episodes=50, checkpoint_interval=100_000,
+    normalize_obs=False, sparse=False, hidden_dims=(512, 512, 512, 512), learning_rate=3e-4,
+    tau=0.005, gamma=0.99, num_samples=32, consistency_warmup=5_000, consistency_anneal_end=50_000,
 )  # fmt: skip
 TASK_DEFAULTS = {
     # [ours] minutes on two CPU cores. The data walk to goals everywhere, so a single chunk of their
     # clone leads nowhere: a wide trust region lets FMQ turn most of them towards the task's goal.
     "pointmaze": dict(
         offline_steps=8_000, online_steps=5_000, learning_starts=500, eval_interval=2_000,
-        hidden_dims=(128, 128, 128), learning_rate=1e-3, tau=0.01, num_samples=8, eta=2.0,
-        consistency_warmup=500, consistency_anneal_end=3_000, normalize_obs=True,
+        checkpoint_interval=2_000, hidden_dims=(128, 128, 128), learning_rate=1e-3, tau=0.01,
+        num_samples=8, eta=2.0, consistency_warmup=500, consistency_anneal_end=3_000,
+        normalize_obs=True,
     ),
     "scene": dict(sparse=True),  # [code]
     "": {},
 }  # fmt: skip
+
+
+# ---- networks ----
+class FirstDense(nn.Module):
+    """Dense layer on the concatenation of its inputs, as a sum of products that broadcast: an
+    observation shared by many candidates, (B, 1, D) beside (B, N, A), is multiplied once."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, *inputs):
+        sizes = [x.shape[-1] for x in inputs]
+        shape = (sum(sizes), self.width)
+        kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        blocks = jnp.split(kernel, np.cumsum(sizes)[:-1])
+        return sum(x @ block for x, block in zip(inputs, blocks, strict=True)) + bias
+
+
+class MLP(nn.Module):
+    """Dense layers with GELU (then LayerNorm, if asked for) and a linear head."""
+
+    hidden_dims: tuple[int, ...]
+    out_dim: int
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, *inputs):
+        x = FirstDense(self.hidden_dims[0])(*inputs)
+        for width in (*self.hidden_dims[1:], self.out_dim):
+            x = nn.gelu(x)  # the tanh form
+            x = nn.LayerNorm()(x) if self.layer_norm else x
+            x = nn.Dense(width, kernel_init=nn.initializers.glorot_uniform())(x)
+        return x
+
+
+class Critic(nn.Module):
+    """Independent Q functions with stacked parameters: (obs, chunk) (..., .) -> (members, ...)."""
+
+    hidden_dims: tuple[int, ...]
+    num_critics: int
+
+    @nn.compact
+    def __call__(self, obs, chunk):
+        members = nn.vmap(
+            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
+            out_axes=0, axis_size=self.num_critics,
+        )  # fmt: skip
+        return members(self.hidden_dims, 1, layer_norm=True)(obs, chunk).squeeze(-1)
+
+
+def sinusoid(time):
+    """64 features of a time (..., 1): cos and sin of 32 angles, of which the fastest is 1 rad."""
+    angles = time * 10_000.0 ** (-jnp.arange(32) / 31)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class Actor(nn.Module):
+    """Average velocity u(s, x, r, t) of the jump from r to t; --actor flow: velocity at r."""
+
+    hidden_dims: tuple[int, ...]
+    out_dim: int
+    kind: str
+    time_embedding: str
+
+    @nn.compact
+    def __call__(self, obs, x, r, t):
+        r, t = jnp.atleast_1d(r), jnp.atleast_1d(t)
+        if self.kind == "flow":
+            times = (r,)
+        else:
+            times = (r, t) if self.time_embedding == "raw" else (sinusoid(r), sinusoid(t))
+        return MLP(self.hidden_dims, self.out_dim)(obs, x, *times)
+
+
+class Networks(NamedTuple):
+    """The method's functions of (params, inputs); tests put hand-made ones in their place."""
+
+    act_dim: int  # A
+    actor: Callable  # (params, obs, x (..., D), r, t), times a number or (..., 1) -> (..., D)
+    critic: Callable  # (params, obs, chunk (..., D)) -> (members, ...)
+
+
+def make_modules(args, act_dim):
+    """Flax modules of the settings in `args`."""
+    actor = Actor(args.hidden_dims, args.horizon * act_dim, args.actor, args.time_embedding)
+    return dict(actor=actor, critic=Critic(args.hidden_dims, args.num_critics))
+
+
+def make_networks(args, act_dim):
+    """The modules as plain functions."""
+    return Networks(act_dim, **{k: m.apply for k, m in make_modules(args, act_dim).items()})
+
+
+def init_params(args, obs_dim, act_dim, key):
+    """Trainable parameters of actor and critic."""
+    obs, chunk = jnp.zeros((1, obs_dim)), jnp.zeros((1, args.horizon * act_dim))
+    modules, keys = make_modules(args, act_dim), jax.random.split(key)
+    return dict(
+        actor=modules["actor"].init(keys[0], obs, chunk, 0.0, 1.0),
+        critic=modules["critic"].init(keys[1], obs, chunk),
+    )
+
+
+# ---- the method: acting ----
+def endpoint(params, nets, args, obs, x, r=0.0):
+    """X_{r,1}(x): one jump of the flow map; --actor flow: Euler steps of its velocity."""
+    if args.actor == "flowmap":
+        return x + (1 - r) * nets.actor(params["actor"], obs, x, r, 1.0)
+
+    def euler_step(x, k):
+        step = (1 - r) / args.flow_steps
+        return x + step * nets.actor(params["actor"], obs, x, r + k * step, 1.0), None
+
+    return jax.lax.scan(euler_step, x, jnp.arange(args.flow_steps, dtype=x.dtype))[0]
+
+
+def sample_chunk(params, nets, args, obs, noise):
+    """One-step policy: noise (..., D) -> chunk in the box."""
+    return jnp.clip(endpoint(params, nets, args, obs, noise), -1, 1)
+
+
+def aggregate(q, pessimistic):
+    """Join the critics' values by their minimum or their mean: (members, ...) -> (...)."""
+    return jnp.where(pessimistic, q.min(axis=0), q.mean(axis=0))
+
+
+def best_of_n(params, nets, args, obs, noise, pessimistic):
+    """BoN: of the chunks made from noise (..., N, D) the one that the critic likes best (..., D).
+
+    All candidates go through the actor in one call and through all critics in another.
+    """
+    chunks = sample_chunk(params, nets, args, obs[..., None, :], noise)
+    q = nets.critic(params["critic"], obs[..., None, :], chunks)
+    best = aggregate(q, pessimistic).argmax(axis=-1)  # the first one on ties
+    return jnp.take_along_axis(chunks, best[..., None, None], axis=-2).squeeze(-2)
+
+
+def critic_step(params, nets, args, obs, chunks):
+    """QGBS's projection: a step of length eta_q up min_i Q_i, then back into the box."""
+    min_q = lambda x: nets.critic(params["critic"], obs, x).min(axis=0).sum()
+    grad = jax.grad(min_q)(chunks)
+    grad = grad / (jnp.linalg.norm(grad, axis=-1, keepdims=True) + 1e-8)
+    return jnp.clip(chunks + args.qgbs_eta * grad, -1, 1)
+
+
+def renoising_time(args):
+    """t' at which signal and noise have the ratio rho."""
+    return args.qgbs_snr / (1 + args.qgbs_snr)
+
+
+def complete(params, nets, args, obs, x):
+    """QGBS: renoised chunks at time t' -> chunks in the box."""
+    time = renoising_time(args)
+    if args.qgbs_completion == "flowmap":
+        chunk = endpoint(params, nets, args, obs, x, time)
+    else:
+        chunk = x + (1 - time) * nets.actor(params["actor"], obs, x, time, time)
+    return jnp.clip(chunk, -1, 1)
+
+
+def beam_search(params, nets, args, obs, dim, key):
+    """QGBS for one observation (Algorithm 2): M (1 + K B) jumps -> chunk (D,)."""
+    beam, branches, rounds = args.qgbs_beam, args.qgbs_branches, args.qgbs_rounds
+    start_key, key = jax.random.split(key)
+    time = renoising_time(args)
+    min_q = lambda x: nets.critic(params["critic"], obs, x).min(axis=0)
+    chunks = sample_chunk(params, nets, args, obs, jax.random.normal(start_key, (beam, dim)))
+    for k in range(rounds):
+        noise = jax.random.normal(jax.random.fold_in(key, k), (beam, branches, dim))
+        children = complete(params, nets, args, obs, time * chunks[:, None] + (1 - time) * noise)
+        children = children.reshape(-1, dim)  # the parents do not stay
+        chunks = children[jax.lax.top_k(min_q(children), beam)[1]]
+        chunks = critic_step(params, nets, args, obs, chunks)
+    if not rounds:
+        chunks = critic_step(params, nets, args, obs, chunks)
+    return chunks[min_q(chunks).argmax()]
+
+
+# ---- the method: losses ----
+def mean_square(error, valid):
+    """R(e) of errors (B, H * A) and valid (B, H): invalid steps count as zeros."""
+    valid = jnp.repeat(valid, error.shape[-1] // valid.shape[-1], axis=-1)
+    return jnp.mean(valid * error**2)
+
+
+def critic_loss(params, nets, batch, target):
+    """TD error against the fixed target (B,) of the windows that lie in one episode."""
+    q = nets.critic(params["critic"], batch["obs"], batch["actions"])
+    loss = jnp.mean(batch["valid"][:, -1] * (q - target) ** 2)
+    return loss, {"critic_loss": loss, "q": q.mean(), "td_target": target.mean()}
+
+
+def diagonal_loss(params, nets, batch, noise, t):
+    """Eq. 3: u(s, a_t, t, t) is the velocity of flow matching; t is (B, 1)."""
+    chunk = batch["actions"]
+    velocity = nets.actor(params["actor"], batch["obs"], (1 - t) * noise + t * chunk, t, t)
+    loss = mean_square(velocity - (chunk - noise), batch["valid"])
+    return loss, {"diagonal_loss": loss}
+
+
+def time_pairs(number, args, key, batch_size):
+    """Start and end (B, 1) of the jumps that update `number` trains: the gap grows from zero."""
+    anneal = args.consistency_anneal_end - args.consistency_warmup
+    progress = jnp.clip((number - args.consistency_warmup) / anneal, 0, 1)
+    a, b = jax.random.uniform(key, (2, batch_size, 1))
+    middle, half_gap = (a + b) / 2, progress * jnp.abs(a - b) / 2
+    return middle - half_gap, middle + half_gap
+
+
+def consistency_loss(params, nets, args, batch, noise, r, t, share):
+    """Eqs. 4 to 6: what u says about the jump from r to t agrees with what it says elsewhere."""
+    chunk, obs = batch["actions"], batch["obs"]
+    velocity, x = chunk - noise, (1 - r) * noise + r * chunk
+    u = lambda x, r, t: nets.actor(params["actor"], obs, x, r, t)
+    if args.consistency == "eulerian":  # along the conditional velocity, as MeanFlow
+        ones, zeros = jnp.ones_like(r), jnp.zeros_like(t)
+        student, slope = jax.jvp(u, (x, r, t), (velocity, ones, zeros))
+        target = velocity + (t - r) * slope
+    elif args.consistency == "semigroup":  # two jumps, that meet at w
+        w, student = r + share * (t - r), u(x, r, t)
+        first = u(x, r, w)
+        target = share * first + (1 - share) * u(x + (w - r) * first, w, t)
+    else:  # lagrangian: the end of the jump moves with the velocity there
+        jump = lambda t: x + (t - r) * u(x, r, t)
+        end, student = jax.jvp(jump, (t,), (jnp.ones_like(t),))
+        target = u(end, t, t)
+    loss = mean_square(student - jax.lax.stop_gradient(target), batch["valid"])
+    return loss, {"consistency_loss": loss}
+
+
+def trust_radius(disagreement, args):
+    """Eq. 13: eta per sample, smaller where the critics disagree more than on average."""
+    if not args.adaptive_eta:
+        return jnp.full_like(disagreement, 0.5 if args.eta is None else args.eta)
+    relative = disagreement / (disagreement.mean() + 1e-8)
+    return (1.0 if args.eta is None else args.eta) / (1 + args.beta * relative)
+
+
+def guided_target(u_off, grad, radius, args):
+    """Theorem 3.2: the maximiser of the linearised Q in the ball of that radius around u_off."""
+    if args.normalize_grad:
+        grad = grad / (jnp.linalg.norm(grad, axis=-1, keepdims=True) + 1e-8)
+    return u_off + radius[:, None] * grad
+
+
+def fmq_loss(params, offline_actor, nets, args, batch, noise, r):
+    """Eq. 12: the jump from r to 1 follows the frozen actor's, moved up the first critic."""
+    frozen = jax.lax.stop_gradient(dict(offline=offline_actor, critic=params["critic"]))
+    obs, x = batch["obs"], (1 - r) * noise + r * batch["actions"]
+    u = nets.actor(params["actor"], obs, x, r, 1.0)
+    u_off = nets.actor(frozen["offline"], obs, x, r, 1.0)
+    q_at = lambda end: jax.vjp(lambda chunk: nets.critic(frozen["critic"], obs, chunk), end)
+    q, pull_back = q_at(jnp.clip(x + (1 - r) * u_off, -1, 1))
+    disagreement = q.std(axis=0)  # of two critics: half their distance, whose factor cancels
+    if args.grad_at == "online":
+        q, pull_back = q_at(jnp.clip(x + (1 - r) * jax.lax.stop_gradient(u), -1, 1))
+    (grad,) = pull_back(jnp.zeros_like(q).at[0].set(1.0))
+    radius = trust_radius(disagreement, args)
+    loss = mean_square(u - guided_target(u_off, grad, radius, args), batch["valid"])
+    info = {"fmq_loss": loss, "radius": radius.mean(), "disagreement": disagreement.mean()}
+    info["drift"] = jnp.mean(jnp.sum((u - u_off) ** 2, axis=-1))
+    return loss, info | {"grad_norm": jnp.linalg.norm(grad, axis=-1).mean()}
+
+
+# ---- the method: one update ----
+@flax.struct.dataclass
+class TrainState:
+    """Everything that training changes. Keys are functions of (seed, step), so none is stored."""
+
+    params: Any
+    target_critic: Any
+    opt_state: Any
+    offline_actor: Any  # u_off, copied when the online phase begins
+    pessimistic: jax.Array  # this phase joins the critics by their minimum
+    obs_mean: jax.Array
+    obs_std: jax.Array
+    seed: jax.Array
+    step: jax.Array  # updates so far
+
+
+DRAWS = ("bootstrap", "diag_noise", "diag_time", "cons_noise", "cons_time", "cons_share")
+DRAWS += ("fmq_noise", "fmq_time", "reselect")
+
+
+def optimizer(args):
+    """Adam without clipping, decay or schedule."""
+    return optax.adam(args.learning_rate)
+
+
+def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
+    """Fresh state of one seed."""
+    params = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
+    return TrainState(
+        params=params, target_critic=params["critic"], opt_state=optimizer(args).init(params),
+        offline_actor=params["actor"], pessimistic=jnp.asarray(args.q_agg_offline == "min"),
+        obs_mean=obs_mean, obs_std=obs_std, seed=seed, step=jnp.zeros((), jnp.int32),
+    )  # fmt: skip
+
+
+def actor_loss(params, offline_actor, nets, args, objective, batch, number, keys):
+    """Offline and mvp: L_diag + w L_cons; fmq: L_FMQ, plus those two if their flags say so."""
+    shape, noise = batch["actions"].shape, jax.random.normal
+    draw_time = lambda key: jax.random.uniform(key, (shape[0], 1))
+    terms = []  # (weight, (loss, metrics))
+    diag_weight, cons_weight = 1.0, jnp.where(number > args.consistency_warmup, 1.0, 0.0)
+    if objective == "fmq":
+        x, r = noise(keys["fmq_noise"], shape), draw_time(keys["fmq_time"])
+        terms += [(1.0, fmq_loss(params, offline_actor, nets, args, batch, x, r))]
+        diag_weight, cons_weight = args.online_diag_weight, args.online_cons_weight
+    if objective != "fmq" or args.online_diag_weight:
+        x, t = noise(keys["diag_noise"], shape), draw_time(keys["diag_time"])
+        terms += [(diag_weight, diagonal_loss(params, nets, batch, x, t))]
+    if args.actor == "flowmap" and (objective != "fmq" or args.online_cons_weight):
+        x, share = noise(keys["cons_noise"], shape), draw_time(keys["cons_share"])
+        r, t = time_pairs(number, args, keys["cons_time"], shape[0])
+        terms += [(cons_weight, consistency_loss(params, nets, args, batch, x, r, t, share))]
+    info = functools.reduce(lambda a, b: a | b, (info for _, (_, info) in terms))
+    return sum(weight * loss for weight, (loss, _) in terms), info
+
+
+def td_target(state, nets, args, batch, noise):
+    """y (B,): of the chunks from noise (B, N, H * A) the critic chooses, its target has the value.
+
+    Forward only: nothing of the B * N candidates is kept for a backward pass.
+    """
+    obs, agg = batch["next_obs"], state.pessimistic
+    chunk = best_of_n(state.params, nets, args, obs, noise, agg)
+    q = aggregate(nets.critic(state.target_critic, obs, chunk), agg)  # winners only
+    return batch["returns"] + batch["discounts"] * q
+
+
+def make_update(nets, args, objective):
+    """update(state, batch, key) -> (state, metrics): one joint step of actor and critic, then the
+    target critic; objective "offline", "fmq" or "mvp".
+
+    batch: obs, next_obs (B, D), actions (B, H * A), returns, discounts (B,), valid (B, H).
+    """
+
+    def update(state, batch, key):
+        keys = dict(zip(DRAWS, jax.random.split(key, len(DRAWS)), strict=True))
+        params, (batch_size, dim) = state.params, batch["actions"].shape
+        many = (batch_size, args.num_samples, dim)
+        noise = jax.random.normal(keys["bootstrap"], many)
+        target = td_target(state, nets, args, batch, noise)
+
+        imitated = batch
+        if objective == "mvp" and args.mvp_target == "reselect":
+            noise = jax.random.normal(keys["reselect"], many)
+            chunk = best_of_n(params, nets, args, batch["obs"], noise, state.pessimistic)
+            imitated = batch | dict(actions=chunk, valid=jnp.ones_like(batch["valid"]))
+
+        def total_loss(params):
+            td_loss, td_info = critic_loss(params, nets, batch, target)
+            loss, info = actor_loss(
+                params, state.offline_actor, nets, args, objective, imitated, state.step + 1, keys
+            )
+            return td_loss + loss, td_info | info
+
+        grads, info = jax.grad(total_loss, has_aux=True)(params)
+        updates, opt_state = optimizer(args).update(grads, state.opt_state, params)
+        # the target follows the critic before its step, as in the released code
+        target_critic = optax.incremental_update(params["critic"], state.target_critic, args.tau)
+        state = state.replace(
+            params=optax.apply_updates(params, updates), target_critic=target_critic,
+            opt_state=opt_state, step=state.step + 1,
+        )  # fmt: skip
+        return state, info
+
+    return update
+
+
+def make_policy(nets, args):
+    """policy(state, obs, key, mode): raw observation (D,) -> chunk (H * A,); mode one-step,
+    best-of-n or qgbs."""
+    dim = args.horizon * nets.act_dim
+
+    def policy(state, obs, key, mode):
+        obs = (obs - state.obs_mean) / state.obs_std
+        if mode == "qgbs":
+            return beam_search(state.params, nets, args, obs, dim, key)
+        if mode == "one-step":
+            return sample_chunk(state.params, nets, args, obs, jax.random.normal(key, (dim,)))
+        noise = jax.random.normal(key, (args.num_samples, dim))
+        return best_of_n(state.params, nets, args, obs, noise, state.pessimistic)
+
+    return policy
+
+
+# ---- training ----
+# What a dispatch changes, the carry, is a dict of arrays with a leading axis of seeds, which a
+# program's steps do not see. Always: state, a TrainState, and sums, the metrics since the last log.
+# Online also: replay, a ring of C rows = {obs, next_obs (C, D), actions (C, A), rewards, masks,
+# terminals (C,)} and added, their number so far; returns (1,) of the episode under way; recent, the
+# last 20 episodes' returns; and on JAX environments envs: the environment's state, the chunk
+# (1, H, A) of actions being played, and how many of it are taken (1,).
+def make_learn(nets, args, objective="offline"):
+    """learn(carry, data) -> carry: sample a batch of windows and update once."""
+    update = make_update(nets, args, objective)
+
+    def learn(carry, data):
+        state = carry["state"]
+        batch_key, update_key = jax.random.split(purpose_key(state.seed, "update", state.step))
+        batch = sample_chunks(
+            batch_key, data, carry.get("replay"), args.batch_size, args.horizon, args.gamma,
+            args.buffer_size,
+        )  # fmt: skip
+        for name in ("obs", "next_obs"):
+            batch[name] = (batch[name] - state.obs_mean) / state.obs_std
+        state, metrics = update(state, batch, update_key)
+        return carry | {"state": state, "sums": add_sums(carry.get("sums"), metrics)}
+
+    return learn
+
+
+def make_act(nets, args):
+    """act(state, obs (1, D), time) -> best-of-n chunk (1, H, A) at online step `time`."""
+    policy = make_policy(nets, args)
+
+    def act(state, obs, time):
+        chunk = policy(state, obs[0], purpose_key(state.seed, "act", time), "best-of-n")
+        return chunk.reshape(1, args.horizon, nets.act_dim)
+
+    return act
+
+
+def train(args, task):
+    """Offline, then online: H steps of the environment, then H * utd updates."""
+    env = make_jax_env(task, args)
+    raw, source = load_dataset(task, args)
+    raw = prepare(raw, args)
+    data = place(chunk_data(raw), args.num_seeds, copy=True)
+    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
+    nets, horizon = make_networks(args, act_dim), args.horizon
+
+    phases = [Phase("offline", 0, args.offline_steps, Program(make_learn(nets, args), data))]
+    if args.online_steps:
+        learn = repeat(make_learn(nets, args, args.online_objective), horizon * args.utd)
+        play = Play(make_act(nets, args), learn, horizon, horizon, args.sparse)
+        warm_up = play._replace(learn=None), -(-args.learning_starts // horizon) * horizon
+        rows = min(args.online_steps, max(args.buffer_size, len(data["obs"]) + 1))
+        sizes = (obs_dim, act_dim)
+        first, *rest = online_phases(task, env, play, args, rows, sizes, (data,), *warm_up)
+
+        def enter(carry):  # freeze the offline actor; join the critics as this phase does
+            state = carry["state"]
+            pessimistic = jnp.full_like(state.pessimistic, online_agg(args) == "min")
+            offline_actor = jax.tree.map(jnp.copy, state.params["actor"])
+            state = state.replace(offline_actor=offline_actor, pessimistic=pessimistic)
+            return first.enter(carry | {"state": state})
+
+        phases += [first._replace(enter=enter), *rest]
+
+    state = start_states(args, obs_dim, act_dim, *observation_scale(data, args))
+    # the sums have a place for each metric of each phase, of one that a resumed run adds too
+    all_terms = dataclasses.replace(args, online_cons_weight=1.0, online_diag_weight=1.0)
+    learn = make_learn(nets, all_terms, "fmq" if args.actor == "flowmap" else "mvp")
+    carry = dict(state=state, sums=zero_sums(learn, {"state": state}, data))
+    carry, step = resume(carry, phases, args)
+    policies = evaluation_policies(nets, args)
+    run = Run(args, task, source, raw, policies, step)
+    evaluate = make_evaluate(task, env, policies, args)
+    run.finish(train_loop(run, carry, phases, evaluate, nets))
+
+
+def evaluation_policies(nets, args):
+    """Mode -> (state, obs, key) -> chunk."""
+    policy = make_policy(nets, args)
+    return {m.replace("-", "_"): functools.partial(policy, mode=m) for m in args.eval_modes}
+
+
+# ==== shared: training loop ====
+def train_loop(run, carry, phases, evaluate, nets):
+    """Run the phases dispatch by dispatch, each about a second, so that the bar moves and Ctrl-C is
+    heard; what is computed and logged does not depend on how long they are. Between dispatches log,
+    evaluate and save. Returns the last evaluation."""
+    if run.step >= phases[-1].end:  # stopped between its last checkpoint and result.json
+        return evaluate(carry["state"], run.step)
+    for phase in (p for p in phases if run.step < p.end):
+        if run.step == phase.start:
+            carry = phase.enter(carry)
+        run.begin(phase)
+        while run.step < phase.end:
+            n, start = run.iterations(), time.perf_counter()
+            carry = phase.advance(carry, n)
+            sums = jax.device_get(carry["sums"])
+            run.note(n, sums, time.perf_counter() - start)
+            log, evaluation, save = run.due()
+            if log or evaluation:
+                values = run.averages(sums, carry)
+                zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
+                carry = carry | {"sums": place(zeros, len(run.seeds))}
+            if evaluation:
+                results = evaluate(carry["state"], run.step)
+                values |= run.note_evaluation(results)
+            if log or evaluation:
+                run.log(values)
+            stopping = run.stop.number is not None and run.step < phases[-1].end
+            if save or stopping:
+                carry = phase.restart(carry) if phase.restart else carry
+                run.save(carry)
+            if stopping:
+                run.leave()
+        run.end_phase(nets, carry["state"])
+    return results
+
+
+# ==== end shared: training loop ====
+
+
+# ---- main ----
+def main(args):
+    """Resolve the arguments, then train or evaluate."""
+    task = parse_task(args.env_id, args.dataset_dir)
+    args = resolve(args, task)
+    if args.matmul_precision != "default":
+        jax.config.update("jax_default_matmul_precision", args.matmul_precision)
+    return evaluate_only(args, task) if args.evaluate else train(args, task)
+
+
+# region support: nothing below belongs to the method, and nearly all is the same in every script
+# ==== shared: imports ====
+import csv
+import difflib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import textwrap
+import zlib
+from types import MappingProxyType
+
+from gymnasium.experimental.functional import FuncEnv
+from tqdm import tqdm
+
+# ==== end shared: imports ====
 
 
 class UserError(Exception):
@@ -262,6 +779,7 @@ OGBENCH = {  # family: (variants, dataset types, default first; default task)
     "puzzle": (("3x3", "4x4", "4x5", "4x6"), ("play", "noisy"), 4),
 }
 PUZZLE_DEFAULT_TASK = {"puzzle-4x5": 2, "puzzle-4x6": 2}
+TASK_FILES = ("d4rl", "robomimic", "multi-crescent", "energy-toy")  # those of the repository
 
 
 class Task(NamedTuple):
@@ -273,12 +791,30 @@ class Task(NamedTuple):
     dataset: str = ""  # antmaze-large-navigate-v0, the official data
     index: int = 1
     success: bool = True  # whether there is such a thing; else only the return counts
+    source: tuple = ()  # of a task file: (path, name, dataset_dir)
+    parts: Any = MappingProxyType({})  # what that file's make_task says
+
+    @property
+    def official(self):
+        """Whether there is an environment for gymnasium.vector."""
+        return bool(self.gym_id or "make_env" in self.parts)
 
 
-def parse_task(env_id, other=()):
-    """Full OGBench single-task id or short name -> Task; `other` lists names outside OGBench."""
-    if env_id in other:
-        return Task(env_id, env_id)
+def parse_task(env_id, dataset_dir="~/.ogbench/data"):
+    """OGBench single-task id or short name, Gymnasium id, or FILE.py:NAME -> Task."""
+    suite, _, name = env_id.partition("/")
+    path, _, file_name = env_id.rpartition(":")
+    if suite in TASK_FILES:
+        short = f"{suite.replace('-', '_')}.py"
+        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / short
+        if not path.is_file():
+            raise UserError(
+                f"{env_id} needs benchmark/tasks/{short} of the CleanFlow repository: copy that "
+                f"file and give --env-id {short}:{name or env_id}"
+            )
+        return load_task(env_id, path, name or env_id, dataset_dir)
+    if path.endswith(".py"):
+        return load_task(f"{Path(path).stem}/{file_name}", Path(path), file_name, dataset_dir)
     tasks = {}
     for family, (variants, kinds, default) in OGBENCH.items():
         for base in (f"{family}-{v}" if v else family for v in variants):
@@ -293,10 +829,72 @@ def parse_task(env_id, other=()):
                     tasks[f"{base}-{kind}{suffix}"] = task
                     if kind == kinds[0]:
                         tasks[f"{base}{suffix}"] = task
-    if env_id not in tasks:
-        close = difflib.get_close_matches(env_id, [*other, *tasks], n=3, cutoff=0.3)
-        raise UserError(f"unknown task '{env_id}'; close matches: {', '.join(close) or 'none'}")
-    return tasks[env_id]
+    if env_id in tasks:
+        return tasks[env_id]
+    if env_id in gymnasium.registry or env_id in JAX_ENVS:
+        return Task(env_id, env_id, "" if env_id in JAX_ENVS else env_id, success=False)
+    names = [*tasks, *JAX_ENVS, *gymnasium.registry]
+    close = difflib.get_close_matches(env_id, names, n=3, cutoff=0.3)
+    raise UserError(f"unknown task '{env_id}'; close matches: {', '.join(close) or 'none'}")
+
+
+def load_file(path):
+    """Import a Python file by its path; its own imports must be installed packages."""
+    try:
+        spec = importlib.util.spec_from_file_location(f"cleanflow_{Path(path).stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    except (OSError, ImportError, SyntaxError) as e:
+        raise UserError(f"cannot load {path}: {e}") from e
+    return module
+
+
+def ask(function, *inputs):
+    """Call a function of a task file; what it raises for the user becomes one sentence."""
+    try:
+        return function(*inputs)
+    except (ValueError, OSError, ImportError) as e:
+        raise UserError(" ".join(str(e).split())) from e
+
+
+def load_task(task_name, path, name, dataset_dir):
+    """make_task(name, dataset_dir) of a task file -> Task; see README for what it returns."""
+    make_task = getattr(load_file(path), "make_task", None)
+    if make_task is None:
+        raise UserError(f"{path} has no function make_task(name, dataset_dir); see README")
+    parts = ask(make_task, name, dataset_dir)
+    if not isinstance(parts, dict) or not {"env", "make_env"} & set(parts):
+        raise UserError(f"make_task of {path} must return a dict with 'env' or 'make_env'")
+    known = ("env", "make_env", "data", "success", "score", "defaults", "critic", "after_phase")
+    if unknown := sorted(set(parts) - set(known)):
+        raise UserError(f"make_task of {path} returns '{unknown[0]}', but may return {known}")
+    lacks = [m for m in ("initial", "transition", "max_episode_steps") if "env" in parts
+             and not hasattr(parts["env"], m)]  # fmt: skip
+    if lacks:
+        raise UserError(f"the environment 'env' of {path} lacks '{lacks[0]}'; see README")
+    source = (str(Path(path).resolve()), name, dataset_dir)
+    success = parts.get("success", True)
+    return Task(task_name, task_name, success=success, source=source, parts=parts)
+
+
+def make_jax_env(task, args):
+    """The task's environment as pure functions, or None where only the official one exists."""
+    maze, backend = task.base.removeprefix("pointmaze-"), args.env_backend
+    if backend == "mjx" and task.gym_id:
+        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / "mjx.py"
+        if not path.is_file():
+            raise UserError(f"--env-backend mjx needs {path.name} of the CleanFlow repository")
+        return ask(load_file(path).make_env, task.gym_id, args.success_timing)
+    if backend in ("auto", "jax") and task.parts.get("env"):
+        return task.parts["env"]
+    if backend in ("auto", "jax") and task.base in JAX_ENVS:
+        return JAX_ENVS[task.base]()
+    if backend in ("auto", "jax") and task.base != maze and maze in MAZES:
+        return PointMaze(maze, task.index, args.success_timing)
+    if backend in ("jax", "mjx") or not task.official:
+        raise UserError(f"{task.name} has no {backend} environment; drop --env-backend")
+    return None
 
 
 # ==== end shared: tasks ====
@@ -588,9 +1186,7 @@ def step_envs(env, env_state, actions, key):
         return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old)
 
     fresh, _ = jax.lax.cond(  # most steps end no episode
-        done.any(),
-        lambda: reset_envs(env, reset_keys[0], t.shape[0]),
-        lambda: (next_states, t),
+        done.any(), lambda: reset_envs(env, reset_keys[0], t.shape[0]), lambda: (next_states, t)
     )
     return (jax.tree.map(restart, fresh, next_states), jnp.where(done, 0, t + 1)), out
 
@@ -639,22 +1235,26 @@ class SeededReset(gymnasium.Wrapper):
         return self.env.reset(seed=seed, options=options)
 
 
-def make_host_env(gym_id, success_timing=None):
-    """The official environment (OGBench's where `success_timing` is given); in a worker process
-    Ctrl-C is left to the main process."""
+def make_host_env(task, success_timing):
+    """The official environment (or a task file's); in a worker process Ctrl-C is left to the main
+    process."""
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's spaces set off warnings
-    import ogbench  # noqa: F401  registers the environments
-
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    options = dict(success_timing=success_timing) if success_timing else {}
-    return SeededReset(gymnasium.make(gym_id, **options))
+    if task.source:  # loaded here again: a worker cannot import what the main process loaded
+        path, name, dataset_dir = task.source
+        return SeededReset(ask(load_file(path).make_task(name, dataset_dir)["make_env"]))
+    import ogbench  # noqa: F401  registers the environments
+
+    options = dict(success_timing=success_timing) if task.dataset else {}
+    return SeededReset(gymnasium.make(task.gym_id, **options))
 
 
-def make_host_envs(gym_id, success_timing, num_envs, autoreset):
+def make_host_envs(task, args, num_envs, autoreset):
     """`num_envs` official environments in processes of their own."""
+    make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
     return gymnasium.vector.AsyncVectorEnv(
-        [functools.partial(make_host_env, gym_id, success_timing)] * num_envs,
+        [make] * num_envs,
         autoreset_mode=autoreset,
         context="forkserver",  # forking a process that runs JAX's threads can deadlock
     )
@@ -704,389 +1304,79 @@ def evaluate_host(envs, act, seeds, step, num_episodes):
 # ==== end shared: vector environments ====
 
 
-# ==== shared: mjx physics ====
-def nearest_points(gap, one, two):
-    """Where two segments s * one and t * two, |s|, |t| <= 1, are nearest; `gap` is the first centre
-    minus the second. Returns s, t, whether s is at an end, and whether at the upper one."""
-    aa, ab, bb = one @ one, -(one @ two), two @ two
-    u, v, det = -(one @ gap), two @ gap, aa * bb - ab**2
-    parallel = det <= jnp.finfo(det.dtype).eps * aa * bb
-    s = jnp.where(parallel, 0, (bb * u - ab * v) / jnp.where(parallel, 1, det))
-    at_end, upper, s = jnp.abs(s) > 1, s > 1, jnp.clip(s, -1, 1)
-    t = (v - ab * s) / bb
-    s = jnp.where(jnp.abs(t) > 1, (u - ab * jnp.sign(t)) / aa, s)
-    upper = jnp.where(jnp.abs(s) > 1, s > 1, upper)
-    return jnp.clip(s, -1, 1), jnp.clip(t, -1, 1), at_end | (jnp.abs(s) > 1), upper
-
-
-def import_mjx():
-    """MJX, MuJoCo's engine in JAX, with three colliders replaced by what MuJoCo's own do: MJX
-    aligns the tangents of a capsule's contact with a plane only beyond 30 degrees off the normal,
-    and finds the nearest points of capsules to five digits."""
-    with contextlib.redirect_stdout(None):  # it says that it has no warp
-        from mujoco import mjx
-        from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
-        from mujoco.mjx._src.collision_primitive import _sphere_sphere, collider
-        from mujoco.mjx._src.math import make_frame
-        from mujoco.mjx._src.types import GeomType
-
-    def balls(one, centre1, two, centre2):
-        dist, pos, normal = _sphere_sphere(centre1, one.size[0], centre2, two.size[0])
-        return dist, pos, make_frame(normal)
-
-    @collider(ncon=2)
-    def plane_capsule(plane, cap):
-        normal, axis = plane.mat[:, 2], cap.mat[:, 2]
-        tangent = axis - normal * (normal @ axis)
-        norm = jnp.linalg.norm(tangent)
-        tangent = tangent / jnp.maximum(norm, 1e-6)
-        frame = jnp.stack([normal, tangent, jnp.cross(normal, tangent)])
-        frame = jnp.where(norm > 1e-6, frame, make_frame(normal))
-        ends = cap.pos + jnp.stack([axis, -axis]) * cap.size[1]
-        dist = (ends - plane.pos) @ normal - cap.size[0]
-        return dist, ends - (cap.size[0] + dist / 2)[:, None] * normal, jnp.stack([frame, frame])
-
-    @collider(ncon=1)
-    def sphere_capsule(ball, cap):
-        axis, length = cap.mat[:, 2], cap.size[1]
-        t = jnp.clip((ball.pos - cap.pos) @ axis, -length, length)
-        return balls(ball, ball.pos, cap, cap.pos + t * axis)
-
-    @collider(ncon=1)
-    def capsule_capsule(one, two):
-        half1, half2 = (cap.mat[:, 2] * cap.size[1] for cap in (one, two))
-        s, t, *_ = nearest_points(one.pos - two.pos, half1, half2)
-        return balls(one, one.pos + s * half1, two, two.pos + t * half2)
-
-    _COLLISION_FUNC[GeomType.PLANE, GeomType.CAPSULE] = plane_capsule
-    _COLLISION_FUNC[GeomType.SPHERE, GeomType.CAPSULE] = sphere_capsule
-    _COLLISION_FUNC[GeomType.CAPSULE, GeomType.CAPSULE] = capsule_capsule
-    return mjx
-
-
-class MjxState(NamedTuple):
-    qpos: jax.Array
-    qvel: jax.Array
-    qacc: jax.Array  # of the last evaluation; the constraint solver starts from it
-    x: jax.Array  # position along x by which a locomotion task pays
-    derived: jax.Array  # inertias, velocities and forces that it observes, of the last evaluation
-    success: jax.Array  # did the last transition reach the goal? (mazes)
-
-
-class Mjx(FuncEnv):
-    """A MuJoCo environment in MJX: the official model; the rest is its subclasses'.
-
-    What MuJoCo derives from positions (body positions, contact forces, ...) is, after a step, that
-    of the last evaluation within the last Runge-Kutta step, and so it is here: `derive` reads it.
-    """
-
-    noise, gaussian = 0.1, True  # of the start: uniform on positions; on velocities perhaps normal
-
-    def __init__(self, gym_id: str):
-        super().__init__()
-        self.mjx = import_mjx()
-        self.official = make_host_env(gym_id).unwrapped
-        self.max_episode_steps = gymnasium.spec(gym_id).max_episode_steps
-        self.observation_space = self.official.observation_space
-        self.action_space = self.official.action_space
-        self.init_qpos, self.dt = self.official.init_qpos, self.official.dt
-        model = self.make_model()
-        # MJX lacks the iterative solver that Humanoid's model asks for, and runs line searches to
-        # their limit, 50 by default, though a few iterations find the minimum.
-        model.opt.solver, model.opt.ls_iterations = 2, 10  # Newton's method
-        self.model = self.mjx.put_model(model)
-        self.data = self.mjx.make_data(self.model)
-
-    def make_model(self):
-        return copy.copy(self.official.model)
-
-    def model_at(self, qpos):
-        """The model when the robot is there."""
-        return self.model
-
-    def derive(self, data):
-        """`x` and `derived` of a state."""
-        return data.qpos[0], jnp.zeros(0)
-
-    def simulate(self, state, action):
-        """The steps of MuJoCo in one of the environment, by the model's integrator: semi-implicit
-        Euler (HalfCheetah), or Runge-Kutta as a loop over its four evaluations, compiled once."""
-        mjx, h = self.mjx, self.model.opt.timestep
-        integrate = functools.partial(mjx._src.forward._integrate_pos, self.model.jnt_type)
-        tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
-
-        def step(_, state):
-            model, data = self.model_at(state.qpos), self.data.replace(ctrl=action)
-            if model.opt.integrator == 0:
-                start = dict(qpos=state.qpos, qvel=state.qvel, qacc_warmstart=state.qacc)
-                new = mjx.step(model, data.replace(**start))
-                return state._replace(qpos=new.qpos, qvel=new.qvel, qacc=new.qacc)
-
-            def evaluate(carry, ab):
-                qvel, qacc, mean_qvel, mean_qacc, _ = carry
-                qpos = integrate(state.qpos, qvel, ab[0] * h)
-                qvel = state.qvel + ab[0] * h * qacc
-                new = mjx.forward(model, data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=qacc))
-                means = mean_qvel + ab[1] * qvel, mean_qacc + ab[1] * new.qacc
-                new = mjx.rne_postconstraint(model, new)  # contact forces on bodies, if observed
-                return (qvel, new.qacc, *means, self.derive(new)), None
-
-            zeros = jnp.zeros_like(state.qvel)
-            carry = (state.qvel, state.qacc, zeros, zeros, (state.x, state.derived))
-            (_, qacc, qvel, mean_qacc, (x, derived)), _ = jax.lax.scan(evaluate, carry, tableau)
-            qpos, qvel = integrate(state.qpos, qvel, h), state.qvel + h * mean_qacc
-            return state._replace(qpos=qpos, qvel=qvel, qacc=qacc, x=x, derived=derived)
-
-        return jax.lax.fori_loop(0, self.official.frame_skip, step, state)
-
-    def at(self, qpos, qvel):
-        """State after a reset to these positions and velocities."""
-        data = self.data.replace(qpos=qpos, qvel=qvel)
-        for part in (self.mjx.kinematics, self.mjx.com_pos, self.mjx.com_vel):
-            data = part(self.model, data)
-        return MjxState(qpos, qvel, jnp.zeros_like(qvel), *self.derive(data), jnp.asarray(False))
-
-    def initial(self, rng: Any, params: Any = None) -> MjxState:
-        keys, shapes = jax.random.split(rng), (self.init_qpos.shape, (self.model.nv,))
-        qpos = jax.random.uniform(keys[0], shapes[0], minval=-1)
-        draw = jax.random.normal if self.gaussian else jax.random.uniform
-        qvel = draw(keys[1], shapes[1]) if self.gaussian else draw(keys[1], shapes[1], minval=-1)
-        return self.at(self.init_qpos + self.noise * qpos, self.noise * qvel)
-
-    def transition(self, state, action, rng=None, params=None) -> MjxState:
-        return self.simulate(state, action)
-
-
-def make_mjx(task, supported, make):
-    """`make()` if the task is among those that MJX can simulate; on a CPU with a warning."""
-    if task.base not in supported:
-        raise UserError(
-            f"--env-backend mjx is for {', '.join(supported)}, not for {task.name}; use the "
-            f"official environment, --env-backend host"
-        )
-    if jax.default_backend() == "cpu":
-        print(
-            "NOTICE: --env-backend mjx is made for a GPU; on a CPU the official engine, "
-            "--env-backend host, is many times faster",
-            file=sys.stderr,
-        )
-    return make()
-
-
-# ==== end shared: mjx physics ====
-
-
-# ==== shared: mjx ant mazes ====
-MJX_MAZES = ("antmaze-medium", "antmaze-large", "antmaze-giant")
-EDGES = [(j, *corner) for j in range(3) for corner in ((-1, -1), (1, -1), (-1, 1), (1, 1))]
-EDGE_AXIS = np.eye(3)[[e[0] for e in EDGES]]  # the axis along which each edge of a box runs
-EDGE_SIDE = np.array([np.insert(e[1:], e[0], 0) for e in EDGES])  # and where it lies on the others
-
-
-def sphere_box(centre, radius, size):
-    """Distance, position and normal (towards the box) of a contact, all in the box's frame."""
-    gap = jnp.clip(centre, -size, size) - centre
-    dist = jnp.linalg.norm(gap)
-    depths = jnp.concatenate([size + centre, size - centre])  # below the faces, where inside
-    inward = jnp.asarray(np.concatenate([np.eye(3), -np.eye(3)]))[depths.argmin()]
-    normal = jnp.where(dist > 1e-15, gap / jnp.maximum(dist, 1e-15), inward)
-    dist = jnp.where(dist > 1e-15, dist, -depths.min())
-    return dist - radius, centre + normal * (radius + dist) / 2, normal
-
-
-def capsule_box(centre, half, size):
-    """Where on a capsule's segment centre + t * half, |t| <= 1, MuJoCo puts its two contacts with a
-    box, in the box's frame -> (t of the first, step to the second, whether there is a second).
-
-    The first is the point nearest to the box's surface: an end over a face, or the point nearest to
-    an edge. The second lies as far along the segment as it runs along the face or edge.
-    """
-    ends = centre + jnp.array([[-1.0], [1.0]]) * half
-    outside = jnp.abs(ends) > size
-    face_dist = (jnp.maximum(jnp.abs(ends) - size, 0) ** 2).sum(1)
-    face_dist = jnp.where(outside.sum(1) <= 1, face_dist, jnp.inf)
-    end = face_dist.argmin()
-
-    edges, gap = EDGE_AXIS * size, EDGE_SIDE * size - centre
-    box_t, t, corner, upper = jax.vmap(nearest_points, (0, 0, None))(gap, edges, half)
-    apart = gap + box_t[:, None] * edges - t[:, None] * half
-    edge_dist = (apart**2).sum(1)
-    k = edge_dist.argmin()
-    on_face = face_dist[end] - 1e-15 <= edge_dist[k]
-
-    # from an end over a face: towards the other end, until the segment leaves the face
-    sign = 1 - 2 * end
-    exits = jnp.stack([size - ends[end], -size - ends[end]]) / (sign * half)
-    exits = jnp.where((exits > 0) & ~outside[end], exits, jnp.inf)
-    face_second = sign * jnp.minimum(exits.min(), 2)
-
-    # from a corner: `odd` is the axis on which the segment runs otherwise than on the other two
-    t, box_t, edge = t[k], box_t[k], jnp.asarray(EDGE_AXIS)[k] > 0
-    side = jnp.where(edge, upper[k], jnp.asarray(EDGE_SIDE)[k] > 0)
-    away = (half > 0) != side
-    across = 2 * size / jnp.abs(half)
-    sign = jnp.where(away.sum() == 1, 1, -1)
-    odd = away == (sign > 0)
-    along_edge = jnp.minimum(1 - sign * t, jnp.where(odd, across, jnp.inf).min())
-    along_face = jnp.minimum(1 + sign * t, jnp.where(odd, jnp.inf, across).min())
-    is_along_edge = 2 * jnp.where(odd, half**2, 0).sum() > half @ half
-    corner_second = sign * jnp.where(is_along_edge, along_edge, -along_face)
-    corner_has = (away.sum() > 0) & (away.sum() < 3)
-
-    # from inside an edge: over the face with which the segment makes the smaller angle
-    over = jnp.where(edge, -1, jnp.abs(half)).argmax()
-    sign = jnp.where(away[over], 1, -1)
-    rest = 1 - box_t * jnp.where((jnp.where(edge, half, 0).sum() > 0) == away[over], 1, -1)
-    rest = rest / 2 * jnp.where(edge, across, 0).sum()
-    edge_second = sign * jnp.minimum(jnp.minimum(1 - sign * t, across[over]), rest)
-    edge_has = (away & ~edge).sum() == 1
-
-    second = jnp.where(corner[k], corner_second, edge_second)
-    has_second = jnp.where(corner[k], corner_has, edge_has)
-    t = jnp.where(on_face, -1 + 2 * end, t)
-    second = jnp.where(on_face, face_second, second)
-    return t, second, jnp.where(on_face, outside[end].any(), has_second)
-
-
-def import_box_colliders():
-    """Replace MJX's contacts of spheres and capsules with boxes by MuJoCo's: MJX drops those that
-    are apart but within the margin, and has others where a capsule meets an edge of the box."""
-    from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
-    from mujoco.mjx._src.collision_primitive import collider
-    from mujoco.mjx._src.math import make_frame
-    from mujoco.mjx._src.types import GeomType
-
-    def contacts(points, radius, box):
-        dist, pos, normal = jax.vmap(lambda p: sphere_box(p, radius, box.size))(points)
-        return dist, box.pos + pos @ box.mat.T, jax.vmap(make_frame)(normal @ box.mat.T)
-
-    @collider(ncon=1)
-    def sphere(ball, box):
-        centre = box.mat.T @ (ball.pos - box.pos)
-        return jax.tree.map(lambda x: x[0], contacts(centre[None], ball.size[0], box))
-
-    @collider(ncon=2)
-    def capsule(cap, box):
-        centre, half = box.mat.T @ (cap.pos - box.pos), box.mat.T @ cap.mat[:, 2] * cap.size[1]
-        t, step, second = capsule_box(centre, half, box.size)
-        points = centre + jnp.stack([t, t + jnp.where(second, step, 0)])[:, None] * half
-        dist, pos, frame = contacts(points, cap.size[0], box)
-        return dist.at[1].set(jnp.where(second, dist[1], 1.0)), pos, frame
-
-    _COLLISION_FUNC[GeomType.SPHERE, GeomType.BOX] = sphere
-    _COLLISION_FUNC[GeomType.CAPSULE, GeomType.BOX] = capsule
-
-
-class MjxAntMaze(Mjx):
-    """OGBench's antmaze-{medium,large,giant} with a fixed task.
-
-    Of the walls, four boxes stand where the ant is: in the 2 x 2 cells around it, as often as the
-    engine steps. An ant (1.3 wide to each side) cannot touch another one.
-    """
-
-    max_active = 20  # contacts, the deepest ones: nine at once is the most that was ever seen
-
-    def __init__(self, gym_id: str, success_timing: str):
-        super().__init__(gym_id)
-        import_box_colliders()
-        self.success_timing = success_timing
-        info = self.official.task_infos[self.official._reward_task_id - 1]
-        self.start_xy, self.goal_xy = np.array(info["init_xy"]), np.array(info["goal_xy"])
-
-    def make_model(self):
-        import mujoco
-
-        spec = mujoco.MjSpec.from_file(self.official.fullpath)
-        walls = [geom for geom in spec.geoms if geom.name.startswith("block_")]
-        for geom in walls[4:]:
-            spec.delete(geom)
-        spec.delete(spec.numeric("init_qpos"))  # MJX would take its first entry for the next one
-        spec.add_numeric(name="max_contact_points", size=1, data=[self.max_active])
-        model = spec.compile()
-        self.tiles = np.array([model.geom(geom.name).id for geom in walls[:4]])
-        return model
-
-    def model_at(self, qpos):
-        unit = self.official._maze_unit
-        corner = jnp.floor((qpos[:2] + self.official._offset_x) / unit).astype(int)
-        cells = corner + np.array([(0, 0), (1, 0), (0, 1), (1, 1)])
-        wall = jnp.asarray(self.official.maze_map == 1)[cells[:, 1], cells[:, 0]]
-        height = jnp.where(wall, self.official._maze_height / 2 * unit, -100.0)  # or out of reach
-        xy = cells * unit - self.official._offset_x
-        tiles = jnp.concatenate([xy, height[:, None]], axis=1)
-        return self.model.replace(geom_pos=self.model.geom_pos.at[self.tiles].set(tiles))
-
-    def initial(self, rng: Any, params: Any = None) -> MjxState:
-        state_key, xy_key = jax.random.split(rng)
-        state = super().initial(state_key)
-        xy = self.start_xy + jax.random.uniform(xy_key, (2,), minval=-1, maxval=1)
-        return state._replace(qpos=state.qpos.at[:2].set(xy))
-
-    def transition(self, state, action, rng=None, params=None) -> MjxState:
-        new = self.simulate(state, action)
-        judged = new if self.success_timing == "post" else state
-        distance = jnp.linalg.norm(judged.qpos[:2] - self.goal_xy)
-        return new._replace(success=distance <= self.official._goal_tol)
-
-    def observation(self, state, rng=None, params=None):
-        return jnp.concatenate([state.qpos, state.qvel])
-
-    def reward(self, state, action, next_state, rng=None, params=None):
-        return next_state.success.astype(jnp.float32) - 1
-
-    def terminal(self, state, rng=None, params=None):
-        return state.success
-
-    def success(self, state):
-        return state.success
-
-
-# ==== end shared: mjx ant mazes ====
-
-
 # ==== shared: data ====
-AUTO_COLLECT = 200_000  # transitions collected when a download fails: a minute or two, not an hour
+AUTO_COLLECT = 200_000  # transitions collected when a download fails
 ACTION_LIMIT = 1 - 1e-5  # dataset actions are kept just inside the box
 
 
-def load_dataset(task, dataset_dir, success_timing):
-    """Transitions of a task -> (dict of arrays, source "official" or "collected ...").
+def load_dataset(task, args):
+    """Transitions of a task -> (dict of arrays, source).
 
     Keys: observations, next_observations (N, D), actions (N, A), rewards, masks (0 after success),
-    terminals (1 at an episode's last row), each (N,). Looks for the official file, then for a
-    collected one; then downloads; then collects.
+    terminals (1 at an episode's last row), each (N,). From --dataset, from the task file, or from
+    `dataset_dir`: an official or a collected file, else a download, else data collected here.
     """
-    family, maze = task.base.split("-", 1)[0], task.base.split("-")[-1]
-    directory = Path(dataset_dir).expanduser()
-    official = directory / f"{task.dataset}.npz"
-    collected = directory / f"{task.dataset.removesuffix('-v0')}-v0.collected.npz"
-    if official.exists():
-        raw, source = read_npz(official), "official"
-    elif collected.exists():
-        raw, source = read_npz(collected), f"collected ({collected.name})"
-    elif family == "pointmaze" and maze in MAZES:
-        kind = task.dataset.split("-")[2]
-        raw = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
-        source = f"collected ({AUTO_COLLECT:,} transitions, in this script)"
-    elif download(task.dataset, directory):
-        raw, source = read_npz(official), "official"
+    if args.dataset:
+        raw, source = read_file(Path(args.dataset).expanduser()), f"own ({Path(args.dataset).name})"
+        if "rewards" not in raw and not task.dataset:
+            raise UserError(f"{args.dataset}: no 'rewards' in it")
+    elif "data" in task.parts:
+        raw, source = ask(task.parts["data"])
+    elif task.dataset:
+        raw, source = ogbench_file(task, Path(args.dataset_dir).expanduser())
     else:
-        collect(task.dataset, directory)
-        raw, source = read_npz(collected), f"collected ({collected.name})"
-
-    keep = np.flatnonzero(~raw["terminals"].astype(bool))  # an episode's last row has no successor
-    data = {k: v[keep] for k, v in raw.items() if len(v) == len(raw["terminals"])}
-    data["next_observations"] = raw["observations"][keep + 1]
-    data["terminals"] = raw["terminals"][keep + 1].astype(np.float32)
-    point_maze = family == "pointmaze" and maze in MAZES
-    env = PointMaze(maze, task.index) if point_maze else make_host_env(task.gym_id, success_timing)
+        raise UserError(f"{task.name} comes without data: give --dataset FILE.npz")
+    data = transitions(raw) if "next_observations" not in raw else dict(raw)
+    maze = task.base.removeprefix("pointmaze-")
+    if task.base != maze and maze in MAZES:
+        env = PointMaze(maze, task.index)
+    else:
+        env = task.parts.get("env") or make_host_env(task, args.success_timing)
+    if "rewards" not in raw:
+        relabel(task, env, data)
+    data = {k: np.asarray(v, np.float32) for k, v in data.items()}
+    boxed = np.isfinite(env.action_space.high).all()
+    check_transitions(data, args.dataset or source, boxed)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
     if sizes != (data["observations"].shape[1], data["actions"].shape[1]):
         raise UserError(
             f"the dataset belongs to another environment: {task.name} has observations and actions "
-            f"of {sizes[0]} and {sizes[1]} entries; put the right {task.dataset}.npz in {directory}"
+            f"of {sizes[0]} and {sizes[1]} entries; put the right {task.dataset}.npz in place"
         )
-    if point_maze:  # what OGBench's relabelling does, without building its simulator
+    if hasattr(env, "close"):
+        env.close()
+    return data, source
+
+
+def ogbench_file(task, directory):
+    """Raw arrays of an OGBench dataset -> (dict, source)."""
+    official = directory / f"{task.dataset}.npz"
+    collected = directory / f"{task.dataset}.collected.npz"
+    maze = task.base.removeprefix("pointmaze-")
+    if not official.exists() and not collected.exists():
+        if task.base != maze and maze in MAZES:  # quicker than any download
+            kind = task.dataset.removeprefix(f"{task.base}-").removesuffix("-v0")
+            data = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
+            return data, f"collected ({AUTO_COLLECT:,} transitions, in this script)"
+        if not download(task.dataset, directory):
+            collect(task.dataset, directory)
+    if official.exists():
+        return read_file(official), "official"
+    return read_file(collected), f"collected ({collected.name})"
+
+
+def transitions(raw):
+    """Rows with their successors; an episode's last row has none and is dropped."""
+    keep = np.flatnonzero(~raw["terminals"].astype(bool))
+    data = {k: v[keep] for k, v in raw.items() if len(v) == len(raw["terminals"])}
+    data["next_observations"] = raw["observations"][keep + 1]
+    data["terminals"] = raw["terminals"][keep + 1]
+    return data
+
+
+def relabel(task, env, data):
+    """Rewards and masks of the task, from the simulator's positions, as OGBench computes them."""
+    if isinstance(env, PointMaze):  # the same, without its simulator
         distance = np.linalg.norm(data["qpos"] - env.goal_xy, axis=-1)
         data["masks"] = (distance > env.goal_tol).astype(np.float32)
         data["rewards"] = -data["masks"]
@@ -1094,33 +1384,63 @@ def load_dataset(task, dataset_dir, success_timing):
         from ogbench.relabel_utils import relabel_dataset
 
         relabel_dataset(task.gym_id, env, data)
-        env.close()
-    return data, source
 
 
-def read_npz(path):
-    """Read and check a raw OGBench file: observations (N, D), actions (N, A), terminals (N,)."""
+def read_file(path):
+    """Read and check a dataset, FILE.npz or FILE.hdf5: observations (N, D), actions (N, A),
+    terminals (N,) in OGBench's layout, or transitions, with rewards, masks, next_observations."""
     try:
-        with np.load(path) as file:
-            raw = {k: file[k] for k in file.files if k != "metadata"}
+        if path.suffix in (".hdf5", ".h5"):
+            import h5py
+
+            with h5py.File(path) as file:
+                raw = {k: v[()] for k, v in file.items() if isinstance(v, h5py.Dataset)}
+        else:
+            with np.load(path) as file:
+                raw = {k: file[k] for k in file.files if k != "metadata"}
+    except ImportError as e:
+        raise UserError(f"reading {path} needs h5py: pip install h5py") from e
     except Exception as e:
         raise UserError(f"cannot read {path} ({e}); delete it and start again") from e
 
     def bad(what):
         raise UserError(f"{path}: {what}; delete the file and download or collect it again")
 
-    for key, ndim in (("observations", 2), ("actions", 2), ("terminals", 1), ("qpos", 2)):
+    if "next_observations" in raw and "masks" not in raw and "terminals" in raw:  # D4RL's names
+        raw["masks"] = 1.0 - raw["terminals"].astype(np.float32)
+        raw["terminals"] = np.maximum(raw["terminals"], raw.get("timeouts", 0)).astype(np.float32)
+        raw["terminals"][-1:] = 1
+    needed = [("observations", 2), ("actions", 2), ("terminals", 1)]
+    needed += [("qpos", 2)] * ("rewards" not in raw) + [("rewards", 1)] * ("rewards" in raw)
+    for key, _ in needed:
         if key not in raw:
             bad(f"no '{key}' in it")
+    for key, ndim in needed:
         if raw[key].ndim != ndim or len(raw[key]) != len(raw["terminals"]) or len(raw[key]) < 2:
             bad(f"'{key}' has shape {raw[key].shape}")
-        if raw[key].dtype.kind not in "fb" or not np.isfinite(raw[key]).all():
+        if (
+            raw[key].dtype.kind not in ("f" if ndim == 2 else "fb")
+            or not np.isfinite(raw[key]).all()
+        ):
             bad(f"'{key}' is not floating point, or holds NaN or infinity")
-    if np.abs(raw["actions"]).max() > 1 + 1e-5:
-        bad("actions outside [-1, 1]")
     if not raw["terminals"][-1]:
         bad("the last row does not end an episode, so the file looks cut short")
+    if raw["terminals"].all():
+        bad("every row ends an episode")
     return raw
+
+
+def check_transitions(data, source, boxed):
+    """Refuse what would train into nonsense: shapes, NaN, magnitudes."""
+    keys = ("observations", "actions", "rewards", "masks", "terminals", "next_observations")
+    rows = len(data.get("observations", ()))
+    for key in keys:
+        if key not in data or len(data[key]) != rows or rows < 2:
+            raise UserError(f"the data ({source}) hold no '{key}', or not one for each row")
+        if not (np.abs(data[key]) < 1e6).all():
+            raise UserError(f"the data ({source}): '{key}' holds NaN or numbers beyond a million")
+    if boxed and np.abs(data["actions"]).max() > 1 + 1e-5:
+        raise UserError(f"the data ({source}) hold actions outside [-1, 1]")
 
 
 def download(dataset, directory):
@@ -1158,31 +1478,14 @@ def collect(dataset, directory):
         raise UserError(f"collecting {dataset} failed; see the message above")
 
 
+def observation_scale(data, args):
+    """Mean and deviation (D,) that standardise observations; 0 and 1 without --normalize-obs."""
+    if args.normalize_obs:
+        return data["obs"].mean(axis=0), data["obs"].std(axis=0) + 1e-6
+    return jnp.zeros(data["obs"].shape[1]), jnp.ones(data["obs"].shape[1])
+
+
 # ==== end shared: data ====
-
-
-# ==== shared: replay ====
-def make_replay(capacity, obs_dim, act_dim):
-    """Empty ring of online rows; `added` counts all rows ever written."""
-    shapes = dict(obs=(obs_dim,), next_obs=(obs_dim,), actions=(act_dim,))
-    shapes |= dict(rewards=(), masks=(), terminals=())
-    rows = {k: jnp.zeros((capacity, *shape)) for k, shape in shapes.items()}
-    return dict(rows=rows, added=jnp.zeros((), jnp.int32))
-
-
-def insert(replay, new_rows):
-    """Write E rows (dict of (E, ...)) at the ring's pointer; the capacity is a multiple of E."""
-    num_rows = new_rows["rewards"].shape[0]
-    start = replay["added"] % replay["rows"]["rewards"].shape[0]
-
-    def write(ring, new):
-        return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), start, axis=0)
-
-    rows = jax.tree.map(write, replay["rows"], new_rows)
-    return dict(rows=rows, added=replay["added"] + num_rows)
-
-
-# ==== end shared: replay ====
 
 
 # ==== shared: chunks ====
@@ -1248,393 +1551,211 @@ def sample_chunks(
 # ==== end shared: chunks ====
 
 
-# ---- networks ----
-class FirstDense(nn.Module):
-    """Dense layer on the concatenation of its inputs, as a sum of products that broadcast: an
-    observation shared by many candidates, (B, 1, D) beside (B, N, A), is multiplied once."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self, *inputs):
-        sizes = [x.shape[-1] for x in inputs]
-        shape = (sum(sizes), self.width)
-        kernel = self.param("kernel", nn.initializers.glorot_uniform(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,))
-        blocks = jnp.split(kernel, np.cumsum(sizes)[:-1])
-        return sum(x @ block for x, block in zip(inputs, blocks, strict=True)) + bias
+# ==== shared: replay ====
+def make_replay(capacity, obs_dim, act_dim):
+    """Empty ring of online rows; `added` counts all rows ever written."""
+    shapes = dict(obs=(obs_dim,), next_obs=(obs_dim,), actions=(act_dim,))
+    shapes |= dict(rewards=(), masks=(), terminals=())
+    rows = {k: jnp.zeros((capacity, *shape)) for k, shape in shapes.items()}
+    return dict(rows=rows, added=jnp.zeros((), jnp.int32))
 
 
-class MLP(nn.Module):
-    """Dense layers with GELU (then LayerNorm, if asked for) and a linear head."""
+def insert(replay, new_rows):
+    """Write E rows (dict of (E, ...)) at the ring's pointer; the capacity is a multiple of E."""
+    num_rows = new_rows["rewards"].shape[0]
+    start = replay["added"] % replay["rows"]["rewards"].shape[0]
 
-    hidden_dims: tuple[int, ...]
-    out_dim: int
-    layer_norm: bool = False
+    def write(ring, new):
+        return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), start, axis=0)
 
-    @nn.compact
-    def __call__(self, *inputs):
-        x = FirstDense(self.hidden_dims[0])(*inputs)
-        for width in (*self.hidden_dims[1:], self.out_dim):
-            x = nn.gelu(x)  # the tanh form
-            x = nn.LayerNorm()(x) if self.layer_norm else x
-            x = nn.Dense(width, kernel_init=nn.initializers.glorot_uniform())(x)
-        return x
+    rows = jax.tree.map(write, replay["rows"], new_rows)
+    return dict(rows=rows, added=replay["added"] + num_rows)
 
 
-class Critic(nn.Module):
-    """Independent Q functions with stacked parameters: (obs, chunk) (..., .) -> (members, ...)."""
-
-    hidden_dims: tuple[int, ...]
-    num_critics: int
-
-    @nn.compact
-    def __call__(self, obs, chunk):
-        members = nn.vmap(
-            MLP,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            out_axes=0,
-            axis_size=self.num_critics,
-        )
-        return members(self.hidden_dims, 1, layer_norm=True)(obs, chunk).squeeze(-1)
+# ==== end shared: replay ====
 
 
-def sinusoid(time):
-    """64 features of a time (..., 1): cos and sin of 32 angles, of which the fastest is 1 rad."""
-    angles = time * 10_000.0 ** (-jnp.arange(32) / 31)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+# ==== shared: online ====
+class Play(NamedTuple):
+    """How a script collects and learns online: a block of steps, then its updates."""
+
+    act: Callable  # (state, obs (E, D), time) -> chunks (E, H, A), played without looking
+    learn: Callable | None  # (carry, *inputs) -> carry: all updates of a block; None: warm-up
+    steps: int = 1  # steps of all environments in a block
+    horizon: int = 1  # H
+    sparse: bool = False  # every reward but 0 becomes -1
+    count: bool = True  # the episodes' returns are the policy's own
+    learn_first: bool = True  # official environments: learn while they take the block's first step
 
 
-class Actor(nn.Module):
-    """Average velocity u(s, x, r, t) of the jump from r to t; --actor flow: velocity at r."""
+def repeat(learn, n):
+    """n updates, one after another, as one function."""
 
-    hidden_dims: tuple[int, ...]
-    out_dim: int
-    kind: str
-    time_embedding: str
+    def learn_block(carry, *inputs):
+        def body(_, part):  # without the replay, which they only read
+            after = learn(carry | part, *inputs)
+            return {k: after[k] for k in part}
 
-    @nn.compact
-    def __call__(self, obs, x, r, t):
-        r, t = jnp.atleast_1d(r), jnp.atleast_1d(t)
-        if self.kind == "flow":
-            times = (r,)
-        else:
-            times = (r, t) if self.time_embedding == "raw" else (sinusoid(r), sinusoid(t))
-        return MLP(self.hidden_dims, self.out_dim)(obs, x, *times)
+        return carry | jax.lax.fori_loop(0, n, body, {k: carry[k] for k in ("state", "sums")})
+
+    return learn_block
 
 
-class Networks(NamedTuple):
-    """The method's functions of (params, inputs); tests put hand-made ones in their place."""
-
-    actor: Callable  # (params, obs, x (..., D), r, t), times a number or (..., 1) -> (..., D)
-    critic: Callable  # (params, obs, chunk (..., D)) -> (members, ...)
-
-
-def make_modules(args, act_dim):
-    """Flax modules of the settings in `args`."""
-    actor = Actor(args.hidden_dims, args.horizon * act_dim, args.actor, args.time_embedding)
-    return dict(actor=actor, critic=Critic(args.hidden_dims, args.num_critics))
-
-
-def make_networks(args, act_dim):
-    """The modules as plain functions."""
-    return Networks(**{k: m.apply for k, m in make_modules(args, act_dim).items()})
+def remember(carry, obs, actions, out, play):
+    """Put one step of all environments into the replay and note the episodes that ended."""
+    done = out["terminated"] | out["truncated"]
+    reward = -(out["reward"] != 0).astype(jnp.float32) if play.sparse else out["reward"]
+    rows = dict(obs=obs, actions=actions, rewards=reward, next_obs=out["next_obs"])
+    rows |= dict(masks=1.0 - out["terminated"], terminals=done)
+    returns, sums, recent = carry["returns"] + out["reward"], carry["sums"], carry["recent"]
+    if play.count:
+        ended = {"episodes": done, "success": done * out["success"], "return": done * returns}
+        sums = sums | {k: sums[k] + v.astype(jnp.float32).sum() for k, v in ended.items()}
+        recent = jnp.concatenate([jnp.where(done, returns, jnp.nan), recent])
+        recent = recent[jnp.argsort(jnp.isnan(recent))][: carry["recent"].size]  # newest first
+    replay, returns = insert(carry["replay"], rows), jnp.where(done, 0.0, returns)
+    return carry | dict(replay=replay, returns=returns, sums=sums, recent=recent)
 
 
-def init_params(args, obs_dim, act_dim, key):
-    """Trainable parameters of actor and critic."""
-    obs, chunk = jnp.zeros((1, obs_dim)), jnp.zeros((1, args.horizon * act_dim))
-    modules, keys = make_modules(args, act_dim), jax.random.split(key)
-    return dict(
-        actor=modules["actor"].init(keys[0], obs, chunk, 0.0, 1.0),
-        critic=modules["critic"].init(keys[1], obs, chunk),
-    )
+def interact(env, play):
+    """(carry, *inputs) -> carry: one block on a JAX environment."""
+
+    def env_step(_, carry):
+        state, envs, time = carry["state"], carry["envs"], carry["replay"]["added"]
+        obs, taken = observe(env, envs["state"]), envs["taken"]
+        chunks = envs["chunks"]
+        if play.horizon == 1:
+            chunks = play.act(state, obs, time)
+        else:  # open loop: a new chunk where the last one is used up
+            new = lambda: play.act(state, obs, time)
+            new = jax.lax.cond((taken == 0).any(), new, lambda: chunks)
+            chunks = jnp.where((taken == 0)[:, None, None], new, chunks)
+        actions = chunks[jnp.arange(len(taken)), taken]
+        key = purpose_key(state.seed, "env", time)
+        env_state, out = step_envs(env, envs["state"], actions, key)
+        taken = (taken + 1) % play.horizon * ~(out["terminated"] | out["truncated"])
+        carry = remember(carry, obs, actions, out, play)
+        return carry | {"envs": dict(state=env_state, chunks=chunks, taken=taken)}
+
+    def block(carry, *inputs):
+        carry = jax.lax.fori_loop(0, play.steps, env_step, carry)
+        return play.learn(carry, *inputs) if play.learn else carry
+
+    return block
 
 
-# ---- the method: acting ----
-def endpoint(params, nets, args, obs, x, r=0.0):
-    """X_{r,1}(x): one jump of the flow map; --actor flow: Euler steps of its velocity."""
-    if args.actor == "flowmap":
-        return x + (1 - r) * nets.actor(params["actor"], obs, x, r, 1.0)
+class HostLoop:
+    """Blocks on official environments, E per seed: advance(carry, n) -> carry.
 
-    def euler_step(x, k):
-        step = (1 - r) / args.flow_steps
-        return x + step * nets.actor(params["actor"], obs, x, r + k * step, 1.0), None
-
-    return jax.lax.scan(euler_step, x, jnp.arange(args.flow_steps, dtype=x.dtype))[0]
-
-
-def sample_chunk(params, nets, args, obs, noise):
-    """One-step policy: noise (..., D) -> chunk in the box."""
-    return jnp.clip(endpoint(params, nets, args, obs, noise), -1, 1)
-
-
-def aggregate(q, pessimistic):
-    """Join the critics' values by their minimum or their mean: (members, ...) -> (...)."""
-    return jnp.where(pessimistic, q.min(axis=0), q.mean(axis=0))
-
-
-def best_of_n(params, nets, args, obs, noise, pessimistic):
-    """BoN: of the chunks made from noise (..., N, D) the one that the critic likes best (..., D).
-
-    All candidates go through the actor in one call and through all critics in another.
+    The simulators take a step while the device makes the updates of a block, which see the rows
+    before that step (`learn_first`); else the updates come after the block's last step.
     """
-    chunks = sample_chunk(params, nets, args, obs[..., None, :], noise)
-    q = nets.critic(params["critic"], obs[..., None, :], chunks)
-    best = aggregate(q, pessimistic).argmax(axis=-1)  # the first one on ties
-    return jnp.take_along_axis(chunks, best[..., None, None], axis=-2).squeeze(-2)
+
+    def __init__(self, make_envs, play, args, inputs):
+        self.make_envs, self.play, self.args = make_envs, play, args
+        self.act = jax.jit(jax.vmap(play.act))
+        self.learn = Program(play.learn or (lambda carry, *_: carry), *inputs)
+        keep = functools.partial(remember, play=play)
+        self.remember = jax.jit(jax.vmap(keep), donate_argnums=0)
+
+    @property
+    def seconds(self):
+        return self.learn.seconds
+
+    def restart(self, carry):
+        """Begin new episodes whose seeds depend on the step alone, so that a run that goes on from
+        a checkpoint equals one that was never interrupted."""
+        args, time = self.args, int(carry["replay"]["added"][0])
+        shape = (args.num_seeds, args.num_envs)
+        ids = [(args.seed + s, time, e) for s, e in np.ndindex(shape)]
+        seeds = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
+        self.envs = self.make_envs()
+        self.obs = self.envs.reset(seed=seeds)[0].astype(np.float32).reshape(*shape, -1)
+        self.taken, self.chunks = np.zeros(shape, int), 0.0
+        # what was under way ends here: no window may join it with what comes
+        rows, size = carry["replay"]["rows"], carry["replay"]["rows"]["terminals"].shape[1]
+        newest = (time - 1 - np.arange(args.num_envs)) % size
+        terminals = rows["terminals"].at[:, newest].set(1.0)  # before the first row: never read
+        replay = carry["replay"] | {"rows": rows | {"terminals": terminals}}
+        return carry | {"replay": replay, "returns": jnp.zeros_like(carry["returns"])}
+
+    def __call__(self, carry, n):
+        play = self.play
+        for i in range(n * play.steps):
+            if (due := self.taken == 0).any():
+                new = self.act(carry["state"], self.obs, carry["replay"]["added"])
+                self.chunks = np.where(due[..., None, None], np.asarray(new), self.chunks)
+            taken = self.taken[..., None, None]
+            actions = np.take_along_axis(self.chunks, taken, axis=2)[:, :, 0]
+            self.envs.step_async(actions.reshape(self.envs.num_envs, -1))
+            if play.learn and play.learn_first and i % play.steps == 0:
+                carry = self.learn(carry, 1)  # returns before it is done
+            obs, out = self.obs, self.outcome()
+            part = {k: carry[k] for k in ("replay", "returns", "sums", "recent")}
+            carry = carry | self.remember(part, obs, actions, out)
+            ended = out["terminated"] | out["truncated"]
+            self.taken = np.where(ended, 0, (self.taken + 1) % play.horizon)
+            if play.learn and not play.learn_first and (i + 1) % play.steps == 0:
+                carry = self.learn(carry, 1)
+        return carry
+
+    def outcome(self):
+        """Wait for the simulators; what `step_envs` returns of a step, each (S, E, ...)."""
+        obs, reward, terminated, truncated, info = self.envs.step_wait()
+        obs = obs.astype(np.float32)
+        next_obs, success = obs.copy(), np.zeros(len(reward), np.float32)
+        for i in np.flatnonzero(terminated | truncated):  # there, obs already starts an episode
+            next_obs[i] = info["final_obs"][i]
+            if "success" in info["final_info"]:
+                success[i] = info["final_info"]["success"][i]
+        shape, self.obs = self.obs.shape, obs.reshape(self.obs.shape)
+        out = dict(reward=reward.astype(np.float32), success=success, next_obs=next_obs)
+        out |= dict(terminated=terminated, truncated=truncated & ~terminated)
+        return {k: v.reshape(*shape[:2], *v.shape[1:]) for k, v in out.items()}
 
 
-def critic_step(params, nets, args, obs, chunks):
-    """QGBS's projection: a step of length eta_q up min_i Q_i, then back into the box."""
-    min_q = lambda x: nets.critic(params["critic"], obs, x).min(axis=0).sum()
-    grad = jax.grad(min_q)(chunks)
-    grad = grad / (jnp.linalg.norm(grad, axis=-1, keepdims=True) + 1e-8)
-    return jnp.clip(chunks + args.qgbs_eta * grad, -1, 1)
+def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm_up_steps=0):
+    """The online phase on JAX environments (`env`) or official ones (None); before it, if asked
+    for, one without updates. `rows`: the replay's; `sizes`: of observation and action."""
+    num_envs, start = args.num_envs, args.offline_steps
+    same_step = gymnasium.vector.AutoresetMode.SAME_STEP
+    count = args.num_seeds * num_envs
+    make_envs = functools.cache(lambda: make_host_envs(task, args, count, same_step))
+
+    def begin(seed):
+        new = dict(replay=make_replay(rows - rows % num_envs, *sizes))
+        new |= dict(returns=jnp.zeros(num_envs), recent=jnp.full(20, jnp.nan))
+        if env is not None:  # the 1 keeps this key apart from that of the first step
+            env_state = reset_envs(env, purpose_key(seed, "env", 0, 1), num_envs)
+            chunks = jnp.zeros((num_envs, play.horizon, sizes[1]))
+            new["envs"] = dict(state=env_state, chunks=chunks, taken=jnp.zeros(num_envs, jnp.int32))
+        return new
+
+    def phase(name, start, end, play):
+        host = HostLoop(make_envs, play, args, inputs) if env is None else None
+
+        def enter(carry):
+            if "replay" not in carry:
+                new = jax.jit(jax.vmap(begin))(carry["state"].seed)
+                carry = carry | place(new, args.num_seeds)
+            return host.restart(carry) if host else carry
+
+        advance = host or Program(interact(env, play), *inputs)
+        stride, restart = num_envs * play.steps, host.restart if host else None
+        return Phase(name, start, end, advance, enter, stride, restart)
+
+    middle, end = start + min(warm_up_steps, args.online_steps), start + args.online_steps
+    phases = [phase("warm-up", start, middle, warm_up)] if middle > start else []
+    return [*phases, *([phase("online", middle, end, play)] if end > middle else [])]
 
 
-def renoising_time(args):
-    """t' at which signal and noise have the ratio rho."""
-    return args.qgbs_snr / (1 + args.qgbs_snr)
-
-
-def complete(params, nets, args, obs, x):
-    """QGBS: renoised chunks at time t' -> chunks in the box."""
-    time = renoising_time(args)
-    if args.qgbs_completion == "flowmap":
-        chunk = endpoint(params, nets, args, obs, x, time)
-    else:
-        chunk = x + (1 - time) * nets.actor(params["actor"], obs, x, time, time)
-    return jnp.clip(chunk, -1, 1)
-
-
-def beam_search(params, nets, args, obs, dim, key):
-    """QGBS for one observation (Algorithm 2): M (1 + K B) jumps -> chunk (D,)."""
-    beam, branches, rounds = args.qgbs_beam, args.qgbs_branches, args.qgbs_rounds
-    start_key, key = jax.random.split(key)
-    time = renoising_time(args)
-    min_q = lambda x: nets.critic(params["critic"], obs, x).min(axis=0)
-    chunks = sample_chunk(params, nets, args, obs, jax.random.normal(start_key, (beam, dim)))
-    for k in range(rounds):
-        noise = jax.random.normal(jax.random.fold_in(key, k), (beam, branches, dim))
-        children = complete(params, nets, args, obs, time * chunks[:, None] + (1 - time) * noise)
-        children = children.reshape(-1, dim)  # the parents do not stay
-        chunks = children[jax.lax.top_k(min_q(children), beam)[1]]
-        chunks = critic_step(params, nets, args, obs, chunks)
-    if not rounds:
-        chunks = critic_step(params, nets, args, obs, chunks)
-    return chunks[min_q(chunks).argmax()]
-
-
-# ---- the method: losses ----
-def mean_square(error, valid):
-    """R(e) of errors (B, H * A) and valid (B, H): invalid steps count as zeros."""
-    valid = jnp.repeat(valid, error.shape[-1] // valid.shape[-1], axis=-1)
-    return jnp.mean(valid * error**2)
-
-
-def critic_loss(params, nets, batch, target):
-    """TD error against the fixed target (B,) of the windows that lie in one episode."""
-    q = nets.critic(params["critic"], batch["obs"], batch["actions"])
-    loss = jnp.mean(batch["valid"][:, -1] * (q - target) ** 2)
-    return loss, {"critic_loss": loss, "q": q.mean(), "td_target": target.mean()}
-
-
-def diagonal_loss(params, nets, batch, noise, t):
-    """Eq. 3: u(s, a_t, t, t) is the velocity of flow matching; t is (B, 1)."""
-    chunk = batch["actions"]
-    velocity = nets.actor(params["actor"], batch["obs"], (1 - t) * noise + t * chunk, t, t)
-    loss = mean_square(velocity - (chunk - noise), batch["valid"])
-    return loss, {"diagonal_loss": loss}
-
-
-def time_pairs(number, args, key, batch_size):
-    """Start and end (B, 1) of the jumps that update `number` trains: the gap grows from zero."""
-    anneal = args.consistency_anneal_end - args.consistency_warmup
-    progress = jnp.clip((number - args.consistency_warmup) / anneal, 0, 1)
-    a, b = jax.random.uniform(key, (2, batch_size, 1))
-    middle, half_gap = (a + b) / 2, progress * jnp.abs(a - b) / 2
-    return middle - half_gap, middle + half_gap
-
-
-def consistency_loss(params, nets, args, batch, noise, r, t, share):
-    """Eqs. 4 to 6: what u says about the jump from r to t agrees with what it says elsewhere."""
-    chunk, obs = batch["actions"], batch["obs"]
-    velocity, x = chunk - noise, (1 - r) * noise + r * chunk
-    u = lambda x, r, t: nets.actor(params["actor"], obs, x, r, t)
-    if args.consistency == "eulerian":  # along the conditional velocity, as MeanFlow
-        ones, zeros = jnp.ones_like(r), jnp.zeros_like(t)
-        student, slope = jax.jvp(u, (x, r, t), (velocity, ones, zeros))
-        target = velocity + (t - r) * slope
-    elif args.consistency == "semigroup":  # two jumps, that meet at w
-        w, student = r + share * (t - r), u(x, r, t)
-        first = u(x, r, w)
-        target = share * first + (1 - share) * u(x + (w - r) * first, w, t)
-    else:  # lagrangian: the end of the jump moves with the velocity there
-        jump = lambda t: x + (t - r) * u(x, r, t)
-        end, student = jax.jvp(jump, (t,), (jnp.ones_like(t),))
-        target = u(end, t, t)
-    loss = mean_square(student - jax.lax.stop_gradient(target), batch["valid"])
-    return loss, {"consistency_loss": loss}
-
-
-def trust_radius(disagreement, args):
-    """Eq. 13: eta per sample, smaller where the critics disagree more than on average."""
-    if not args.adaptive_eta:
-        return jnp.full_like(disagreement, 0.5 if args.eta is None else args.eta)
-    relative = disagreement / (disagreement.mean() + 1e-8)
-    return (1.0 if args.eta is None else args.eta) / (1 + args.beta * relative)
-
-
-def guided_target(u_off, grad, radius, args):
-    """Theorem 3.2: the maximiser of the linearised Q in the ball of that radius around u_off."""
-    if args.normalize_grad:
-        grad = grad / (jnp.linalg.norm(grad, axis=-1, keepdims=True) + 1e-8)
-    return u_off + radius[:, None] * grad
-
-
-def fmq_loss(params, offline_actor, nets, args, batch, noise, r):
-    """Eq. 12: the jump from r to 1 follows the frozen actor's, moved up the first critic."""
-    frozen = jax.lax.stop_gradient(dict(offline=offline_actor, critic=params["critic"]))
-    obs, x = batch["obs"], (1 - r) * noise + r * batch["actions"]
-    u = nets.actor(params["actor"], obs, x, r, 1.0)
-    u_off = nets.actor(frozen["offline"], obs, x, r, 1.0)
-    start = u_off if args.grad_at == "offline" else jax.lax.stop_gradient(u)
-    end = jnp.clip(x + (1 - r) * start, -1, 1)
-    q, pull_back = jax.vjp(lambda chunk: nets.critic(frozen["critic"], obs, chunk), end)
-    (grad,) = pull_back(jnp.zeros_like(q).at[0].set(1.0))
-    disagreement = q.std(axis=0)  # of two critics: half their distance, whose factor cancels
-    radius = trust_radius(disagreement, args)
-    loss = mean_square(u - guided_target(u_off, grad, radius, args), batch["valid"])
-    info = {"fmq_loss": loss, "radius": radius.mean(), "disagreement": disagreement.mean()}
-    info["drift"] = jnp.mean(jnp.sum((u - u_off) ** 2, axis=-1))
-    return loss, info | {"grad_norm": jnp.linalg.norm(grad, axis=-1).mean()}
-
-
-# ---- the method: one update ----
-@flax.struct.dataclass
-class TrainState:
-    """Everything that training changes. Keys are functions of (seed, step), so none is stored."""
-
-    params: Any
-    target_critic: Any
-    opt_state: Any
-    offline_actor: Any  # u_off, copied when the online phase begins
-    pessimistic: jax.Array  # this phase joins the critics by their minimum
-    obs_mean: jax.Array
-    obs_std: jax.Array
-    seed: jax.Array
-    step: jax.Array  # updates so far
-
-
-DRAWS = ("bootstrap", "diag_noise", "diag_time", "cons_noise", "cons_time", "cons_share")
-DRAWS += ("fmq_noise", "fmq_time", "reselect")
-METRICS = ("critic_loss", "q", "td_target", "diagonal_loss", "consistency_loss", "fmq_loss")
-METRICS += ("radius", "disagreement", "drift", "grad_norm")
-
-
-def optimizer(args):
-    """Adam without clipping, decay or schedule."""
-    return optax.adam(args.learning_rate)
-
-
-def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
-    """Fresh state of one seed."""
-    params = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
-    return TrainState(
-        params=params,
-        target_critic=params["critic"],
-        opt_state=optimizer(args).init(params),
-        offline_actor=params["actor"],
-        pessimistic=jnp.asarray(args.q_agg_offline == "min"),
-        obs_mean=obs_mean,
-        obs_std=obs_std,
-        seed=seed,
-        step=jnp.zeros((), jnp.int32),
-    )
-
-
-def actor_loss(params, offline_actor, nets, args, objective, batch, number, keys):
-    """Offline and mvp: L_diag + w L_cons; fmq: L_FMQ, plus those two if their flags say so."""
-    shape, noise = batch["actions"].shape, jax.random.normal
-    draw_time = lambda key: jax.random.uniform(key, (shape[0], 1))
-    losses, weights = [], []
-    diag_weight, cons_weight = 1.0, jnp.where(number > args.consistency_warmup, 1.0, 0.0)
-    if objective == "fmq":
-        x, r = noise(keys["fmq_noise"], shape), draw_time(keys["fmq_time"])
-        losses += [fmq_loss(params, offline_actor, nets, args, batch, x, r)]
-        weights += [1.0]
-        diag_weight, cons_weight = args.online_diag_weight, args.online_cons_weight
-    if objective != "fmq" or args.online_diag_weight:
-        x, t = noise(keys["diag_noise"], shape), draw_time(keys["diag_time"])
-        losses += [diagonal_loss(params, nets, batch, x, t)]
-        weights += [diag_weight]
-    if args.actor == "flowmap" and (objective != "fmq" or args.online_cons_weight):
-        x, share = noise(keys["cons_noise"], shape), draw_time(keys["cons_share"])
-        r, t = time_pairs(number, args, keys["cons_time"], shape[0])
-        losses += [consistency_loss(params, nets, args, batch, x, r, t, share)]
-        weights += [cons_weight]
-    info = functools.reduce(lambda a, b: a | b, (info for _, info in losses))
-    return sum(w * loss for w, (loss, _) in zip(weights, losses, strict=True)), info
-
-
-def update(state, batch, key, objective, nets, args):
-    """One joint step of actor and critic; objective "offline", "fmq" or "mvp".
-
-    batch: obs, next_obs (B, D), actions (B, H * A), returns, discounts (B,), valid (B, H).
-    """
-    keys = dict(zip(DRAWS, jax.random.split(key, len(DRAWS)), strict=True))
-    params, (batch_size, dim) = state.params, batch["actions"].shape
-    many = (batch_size, args.num_samples, dim)
-
-    # TD target, forward only: nothing of the B * N candidates is kept for a backward pass
-    noise = jax.random.normal(keys["bootstrap"], many)
-    next_chunk = best_of_n(params, nets, args, batch["next_obs"], noise, state.pessimistic)
-    next_q = nets.critic(state.target_critic, batch["next_obs"], next_chunk)  # winners only
-    target = batch["returns"] + batch["discounts"] * aggregate(next_q, state.pessimistic)
-
-    imitated = batch
-    if objective == "mvp" and args.mvp_target == "reselect":
-        noise = jax.random.normal(keys["reselect"], many)
-        chunk = best_of_n(params, nets, args, batch["obs"], noise, state.pessimistic)
-        imitated = batch | dict(actions=chunk, valid=jnp.ones_like(batch["valid"]))
-
-    def total_loss(params):
-        td_loss, td_info = critic_loss(params, nets, batch, target)
-        loss, info = actor_loss(
-            params, state.offline_actor, nets, args, objective, imitated, state.step + 1, keys
-        )
-        return td_loss + loss, td_info | info
-
-    grads, info = jax.grad(total_loss, has_aux=True)(params)
-    updates, opt_state = optimizer(args).update(grads, state.opt_state, params)
-    # the target follows the critic before its step, as in the released code
-    target_critic = optax.incremental_update(params["critic"], state.target_critic, args.tau)
-    state = state.replace(
-        params=optax.apply_updates(params, updates),
-        target_critic=target_critic,
-        opt_state=opt_state,
-        step=state.step + 1,
-    )
-    return state, {name: info.get(name, jnp.zeros(())) for name in METRICS}
-
-
-def policy(state, obs, key, mode, nets, args, act_dim):
-    """Chunk (H * A,) for one raw observation (D,): one-step, best-of-n or qgbs."""
-    obs, dim = (obs - state.obs_mean) / state.obs_std, args.horizon * act_dim
-    if mode == "qgbs":
-        return beam_search(state.params, nets, args, obs, dim, key)
-    if mode == "one-step":
-        return sample_chunk(state.params, nets, args, obs, jax.random.normal(key, (dim,)))
-    noise = jax.random.normal(key, (args.num_samples, dim))
-    return best_of_n(state.params, nets, args, obs, noise, state.pessimistic)
+# ==== end shared: online ====
 
 
 # ==== shared: runs ====
 PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
+REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}
 FREE_ON_RESUME = ("offline_steps", "online_steps", "eval_interval", "eval_episodes")
 FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate")
 # FREE_ALSO, a script's own, are free until its online phase has begun; with --evaluate env_backend
@@ -1692,23 +1813,21 @@ class Program:
         return self.executable(carry, n, *self.inputs)
 
 
-def zero_sums(metrics):
-    """Running sums of an update's metrics and of finished episodes, for one seed."""
-    zeros = {k: jnp.zeros(()) for k in ("count", "episodes", "return", "success")}
-    return zeros | {"train": {k: jnp.zeros(()) for k in metrics}}
+def zero_sums(learn, carry, *inputs):
+    """Sums of metrics before the first update, for all seeds; `carry` is what `learn` needs."""
+    one = jax.tree.map(lambda x: x[0], carry)
+    seeds = len(carry["state"].seed)
+    shapes = jax.eval_shape(learn, one, *inputs)["sums"]
+    return place(jax.tree.map(lambda s: jnp.zeros((seeds, *s.shape), s.dtype), shapes), seeds)
 
 
-def add_sums(sums, metrics):
-    """Add one update's metrics; the sums are fetched once per dispatch."""
-    train = jax.tree.map(jnp.add, sums["train"], metrics)
-    return sums | {"train": train, "count": sums["count"] + 1}
-
-
-def add_episodes(sums, returns, done, success):
-    """Add the episodes that ended in the online phase; returns, done, success are (E,)."""
-    done = done.astype(jnp.float32)
-    ended = {"episodes": done, "success": done * success, "return": done * returns}
-    return sums | {k: sums[k] + v.sum() for k, v in ended.items()}
+def add_sums(sums, metrics, updates=1):
+    """Add one update's metrics (None: start with them); fetched once per dispatch."""
+    if sums is None:
+        sums = {k: jnp.zeros(()) for k in ("count", "episodes", "return", "success")}
+        sums["train"] = {k: jnp.zeros(()) for k in metrics}
+    train = {k: v + updates * metrics.get(k, 0.0) for k, v in sums["train"].items()}
+    return sums | {"train": train, "count": sums["count"] + updates}
 
 
 def write_file(path, content, keep_previous=False):
@@ -1725,7 +1844,8 @@ def write_file(path, content, keep_previous=False):
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path}: {e.strerror}; free some space, then --resume {path.parent}"
+            f"cannot write {path}: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
+            f"--resume {shlex.quote(str(path.parent))}"
         ) from e
 
 
@@ -1749,23 +1869,28 @@ def load_checkpoint(run_dir):
             stored = flax.serialization.msgpack_restore(body)
             return stored["carry"], json.loads(stored["facts"])
         print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
-    raise UserError(f"no intact checkpoint in {run_dir}: give the directory of a run")
+    raise UserError(
+        f"no intact checkpoint in {run_dir}; if it is a run stopped before its first, start anew"
+    )
 
 
 def restore(template, tree, run_dir):
     """Put a loaded checkpoint into the structure, shapes and device layout of `template`.
 
-    A replay's ring may have become longer, for more online steps; it then has not wrapped yet.
+    A replay's ring may have become longer, for more online steps (it then has not wrapped yet), and
+    it stays as long as it was for fewer.
     """
 
     def lengthen(ring, longer):
         missing = max(0, longer.shape[1] - ring.shape[1])
         return np.pad(ring, [(0, 0), (0, missing), *[(0, 0)] * (ring.ndim - 2)])
 
+    layout = jax.tree.map(lambda x: x.sharding, template)
     try:
         if "replay" in tree and "replay" in template:
             rows = jax.tree.map(lengthen, tree["replay"]["rows"], template["replay"]["rows"])
             tree["replay"]["rows"] = rows
+            template = template | {"replay": template["replay"] | {"rows": rows}}
         loaded = flax.serialization.from_state_dict(template, tree)
         fits = jax.tree.map(
             lambda a, b: a.shape == b.shape and a.dtype == b.dtype, template, loaded
@@ -1774,7 +1899,29 @@ def restore(template, tree, run_dir):
             raise ValueError("shapes differ")
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"the checkpoint in {run_dir} does not fit its args.json: {e}") from e
-    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, template)
+    return jax.tree.map(jax.device_put, loaded, layout)
+
+
+def start_states(args, obs_dim, act_dim, mean, std):
+    """Fresh states of all seeds on the device(s)."""
+    seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
+    init = jax.vmap(lambda s, m, d: init_state(args, obs_dim, act_dim, m, d, s), (0, None, None))
+    return place(jax.jit(init)(seeds, mean, std), args.num_seeds)
+
+
+def resume(carry, phases, args):
+    """--resume: (the carry of the run's last checkpoint, its step); else the one given and 0."""
+    if not args.resume:
+        return carry, 0
+    tree, facts = load_checkpoint(args.resume)
+    step, end = facts["step"], phases[-1].end
+    if step > end or (step == end and (Path(args.resume) / "result.json").exists()):
+        raise UserError(
+            f"{args.resume} is complete at step {step:,}: give more steps or --evaluate"
+        )
+    phase = next(p for p in phases if step <= p.end)  # in which the checkpoint was made
+    carry = restore(phase.enter(carry), tree, args.resume)
+    return (phase.restart(carry) if phase.restart else carry), step
 
 
 def read_args(run_dir, argv, default):
@@ -1805,54 +1952,70 @@ def read_args(run_dir, argv, default):
 
 
 class Run:
-    """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json."""
+    """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json; and
+    what the training loop asks between dispatches."""
 
-    def __init__(self, args, task, dataset_source, data, policies, step=0):
+    def __init__(self, args, task, source, data, policies, step=0):
+        self.args, self.task, self.step, self.saved = args, task, step, step
         self.seeds = [args.seed + i for i in range(args.num_seeds)]
-        self.step, self.evals, self.csv, self.columns = step, [], None, None
+        self.evals, self.csv, self.columns, self.wandb = [], None, None, None
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
-        self.train_seconds, self.updates_per_s = 0.0, 0.0
+        self.train_seconds, self.updates_per_s, self.stop = 0.0, 0.0, StopSignal()
         packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "ogbench", "mujoco")
         commit, git = "", ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         if shutil.which("git"):
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         checksum = None  # of data from a file, which may be another one when the run is resumed
-        if dataset_source == "official" or ".npz" in dataset_source:
+        if data is not None and "in this script" not in source:
             names = ("observations", "actions", "rewards")
             checksum = functools.reduce(
                 lambda crc, k: zlib.crc32(np.ascontiguousarray(data[k]), crc), names, 0
             )
         self.facts = dict(
-            algo=ALGO,
-            task=task.name,
-            dataset_source=dataset_source,
-            dataset_crc32=checksum,
-            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            commit=commit or None,
+            algo=ALGO, task=task.name, dataset_source=source, dataset_crc32=checksum,
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}", commit=commit or None,
             versions={p: importlib.metadata.version(p) for p in packages},
             args=dataclasses.asdict(args),
-        )
-        if args.resume:
-            self.dir = Path(args.resume)
-            before = json.loads((self.dir / "args.json").read_text())
-            if before.get("dataset_crc32") != checksum:
-                raise UserError(
-                    f"{self.dir} was started on other data ({before.get('dataset_source')}): put "
-                    f"that file back, or start a new run"
-                )
-            self.cut_metrics()
-        else:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            name = task.name.removesuffix("-v0").replace("/", "-")
-            name = f"{name}__{ALGO}__{args.seed}__{stamp}"
-            self.dir = Path(args.out_dir) / name
+        )  # fmt: skip
+        self.resume() if args.resume else self.create()
+        self.write_json("args.json", self.facts)
+        self.header(data)
+
+    def create(self):
+        args, stamp = self.args, time.strftime("%Y%m%d-%H%M%S")
+        name = self.task.name.removesuffix("-v0").replace("/", "-")
+        self.dir = Path(args.out_dir) / f"{name}__{ALGO}__{args.seed}__{stamp}"
+        try:
             while self.dir.exists():
                 self.dir = self.dir.with_name(self.dir.name + "x")
-            try:
-                self.dir.mkdir(parents=True)
-            except OSError as e:
-                raise UserError(f"cannot create {self.dir}: {e.strerror}; choose --out-dir") from e
-        self.write_json("args.json", self.facts)
+            self.dir.mkdir(parents=True)
+        except (OSError, ValueError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise UserError(f"cannot create {self.dir}: {reason}; choose --out-dir") from e
+        self.lock()
+
+    def resume(self):
+        """Keep what args.json says of the start; drop the metrics after the checkpoint."""
+        self.dir = Path(self.args.resume)
+        self.lock()
+        before = json.loads((self.dir / "args.json").read_text())
+        if before.get("dataset_crc32") != self.facts["dataset_crc32"]:
+            raise UserError(
+                f"{self.dir} was started on other data ({before.get('dataset_source')}): put that "
+                f"file back, or start a new run"
+            )
+        now = {k: self.facts[k] for k in ("commit", "device", "versions")} | {"step": self.step}
+        resumes = [*before.get("resumes", []), now]
+        self.facts = before | {"args": self.facts["args"], "resumes": resumes}
+        self.cut_metrics()
+
+    def lock(self):
+        """Two processes must not write one run."""
+        self.lock_file = open(self.dir / ".lock", "w")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UserError(f"{self.dir} is in use by another process; wait for it to end") from e
 
     def write_json(self, name, content):
         write_file(self.dir / name, (json.dumps(content, indent=2) + "\n").encode())
@@ -1860,7 +2023,7 @@ class Run:
     def cut_metrics(self):
         """On resume, drop the rows after the checkpoint: they will be written again."""
         path = self.dir / "metrics.csv"
-        if not path.is_file():
+        if not path.is_file() or not path.stat().st_size:
             return
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
@@ -1872,30 +2035,6 @@ class Run:
         evals = [float(r[headline]) for r in rows if r[headline]]
         self.evals = np.reshape(evals, (-1, len(self.seeds))).tolist()
         self.train_seconds = float(rows[-1]["time/train_seconds"]) if rows else 0.0
-
-    def log(self, phase, values):
-        """One CSV row and TensorBoard point per seed; values are (num_seeds,) or scalars."""
-        try:
-            if self.csv is None:
-                from tensorboard.summary import Writer
-
-                self.columns = self.columns or ["step", "phase", "seed", *values]
-                self.csv = open(self.dir / "metrics.csv", "a", newline="")  # noqa: SIM115
-                self.writers = [Writer(str(self.dir / f"tb_seed{s}")) for s in self.seeds]
-            table = csv.DictWriter(self.csv, self.columns)
-            if self.csv.tell() == 0:
-                table.writeheader()
-            for i, seed in enumerate(self.seeds):
-                row = {k: float(np.broadcast_to(v, len(self.seeds))[i]) for k, v in values.items()}
-                row = {k: v for k, v in row.items() if not np.isnan(v)}  # nothing to report yet
-                table.writerow(dict(step=self.step, phase=phase, seed=seed, **row))
-                for name, value in row.items():
-                    self.writers[i].add_scalar(name, value, self.step)
-            self.csv.flush()
-        except OSError as e:
-            raise UserError(
-                f"cannot write metrics: {e.strerror}; free some space, then --resume {self.dir}"
-            ) from e
 
     def header(self, data):
         """Show what is about to run: the data, the machine and the resolved arguments."""
@@ -1909,6 +2048,137 @@ class Run:
             )
         fields = "  ".join(f"{k}={v}" for k, v in args.items() if v is not None)
         print(textwrap.fill(fields, 100, initial_indent="  ", subsequent_indent="  "), flush=True)
+
+    def begin(self, phase):
+        """A phase starts, or goes on after a resume."""
+        self.phase, self.quiet = phase, not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=phase.end, initial=self.step, desc=phase.name, unit="step", disable=self.quiet
+        )
+        self.rate, self.log_seconds, self.log_count = 8.0, 0.0, 0.0
+        self.compiled, self.said, self.before = (
+            phase.advance.seconds,
+            time.perf_counter(),
+            self.step,
+        )
+
+    def iterations(self):
+        """How many the next dispatch makes: about a second's, up to the next thing that is due."""
+        target = min([self.phase.end] + [(self.step // m + 1) * m for m in self.intervals()])
+        return max(1, min(-(-(target - self.step) // self.phase.stride), int(self.rate)))
+
+    def intervals(self):
+        return self.args.log_interval, self.args.eval_interval, self.args.checkpoint_interval
+
+    def note(self, n, sums, seconds):
+        """A dispatch of n iterations is done: time, bar or line; stop if the training diverged."""
+        phase = self.phase
+        compiling, self.compiled = phase.advance.seconds - self.compiled, phase.advance.seconds
+        if compiling:
+            tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
+        seconds -= compiling
+        self.before, self.step, self.rate = self.step, self.step + n * phase.stride, n / seconds
+        self.train_seconds, self.log_seconds = (
+            self.train_seconds + seconds,
+            self.log_seconds + seconds,
+        )
+        self.bar.update(self.step - self.before)
+        if self.quiet and time.perf_counter() - self.said > 10:  # no terminal: lines, not a bar
+            self.said, speed = time.perf_counter(), self.rate * phase.stride
+            eta = (phase.end - self.step) / speed
+            print(f"{phase.name} {self.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
+        broken = [k for k, v in sums["train"].items() if not np.isfinite(v).all()]
+        if broken:
+            rates = [k for k in vars(self.args) if k.endswith(("_lr", "learning_rate"))]
+            raise UserError(
+                f"training diverged before step {self.step:,}: {', '.join(broken)} not finite; "
+                f"step {self.saved:,} is the last good one in {self.dir}; try a lower "
+                + " or ".join("--" + rate.replace("_", "-") for rate in rates)
+            )
+
+    def due(self):
+        """Whether to log, to evaluate, to save."""
+        over = self.step >= self.phase.end
+        return [over or self.step // m > self.before // m for m in self.intervals()]
+
+    def averages(self, sums, carry):
+        """Metrics since the last log, one value per seed; what nothing is known of is NaN."""
+        count, episodes = np.asarray(sums["count"]), np.asarray(sums["episodes"])
+        mean = lambda total, n: np.where(n > 0, total / np.maximum(n, 1), np.nan)
+        self.updates_per_s = float(count.flat[0] / self.log_seconds)
+        values = {f"train/{k}": mean(v, count) for k, v in sums["train"].items()}
+        values |= {f"online/{k}": mean(sums[k], episodes) for k in ("return", "success")}
+        if "recent" in carry:  # the last episodes' returns, as many as there were
+            recent = np.asarray(carry["recent"])
+            values["charts/episodic_return"] = mean(
+                np.nansum(recent, axis=1), (~np.isnan(recent)).sum(axis=1)
+            )
+        values["time/updates_per_s"] = self.updates_per_s
+        values["time/train_seconds"] = self.train_seconds
+        values["time/compile_s"], self.log_seconds = self.phase.advance.seconds, 0.0
+        return values | {f"eval/{k}": np.nan for k in self.metrics}
+
+    def note_evaluation(self, results):
+        self.evals.append(results[self.metrics[0]].mean(axis=1).tolist())
+        tqdm.write(f"{self.phase.name} step {self.step:>9,}  {summary(results)}")
+        return {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
+
+    def log(self, values):
+        """One CSV row and TensorBoard point per seed; values are (num_seeds,) or scalars."""
+        try:
+            if self.csv is None:
+                self.open_logs(values)
+            table = csv.DictWriter(self.csv, self.columns, extrasaction="ignore")
+            if self.csv.tell() == 0:
+                table.writeheader()
+            for i, seed in enumerate(self.seeds):
+                row = {k: float(np.broadcast_to(v, len(self.seeds))[i]) for k, v in values.items()}
+                row = {k: v for k, v in row.items() if not np.isnan(v)}  # nothing to report yet
+                table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
+                for name, value in row.items():
+                    self.writers[i].add_scalar(name, value, self.step)
+                if self.wandb:
+                    self.wandb.log({f"{k}/seed{seed}": v for k, v in row.items()}, self.step)
+            self.csv.flush()
+        except OSError as e:
+            raise UserError(
+                f"cannot write metrics: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
+                f"--resume {self.quoted}"
+            ) from e
+
+    def open_logs(self, values):
+        from tensorboard.summary import Writer
+
+        names = ["step", "phase", "seed", *values]  # online runs know of more, later
+        names += [] if "charts/episodic_return" in values else ["charts/episodic_return"]
+        self.columns = self.columns or names
+        self.csv = open(self.dir / "metrics.csv", "a", newline="")
+        self.writers = [Writer(str(self.dir / f"tb_seed{s}")) for s in self.seeds]
+        if project := self.args.wandb_project:
+            import wandb
+
+            name = self.dir.name
+            self.wandb = wandb.init(project=project, id=name, config=self.facts, resume="allow")
+
+    @property
+    def quoted(self):
+        return shlex.quote(str(self.dir))
+
+    def save(self, carry):
+        save_checkpoint(self.dir, carry, dict(step=self.step))
+        self.saved = self.step
+
+    def leave(self):
+        """Ctrl-C or a signal: all is saved."""
+        self.bar.close()
+        print(f"stopped; --resume {self.quoted} continues at {self.saved:,}", file=sys.stderr)
+        raise SystemExit(128 + self.stop.number)
+
+    def end_phase(self, nets, state):
+        self.bar.close()
+        if draw := self.task.parts.get("after_phase"):
+            script = sys.modules[__name__]
+            ask(draw, self.dir, self.phase.name, script, nets, self.args, state)
 
     def finish(self, results):
         """Write result.json and print the same figures as the last line."""
@@ -1927,8 +2197,9 @@ class Run:
 
 
 def metric_names(task, policies):
-    """What one evaluation measures: success (where the task has it), return and length by mode."""
-    kinds = ("success", "return", "length") if task.success else ("return", "length")
+    """What one evaluation measures, by mode of acting: score and success where the task has them,
+    return, length."""
+    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
     return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
 
 
@@ -1943,12 +2214,12 @@ def summary(results):
 
 
 class StopSignal:
-    """First Ctrl-C or SIGTERM: finish the dispatch and checkpoint. Second: stop at once."""
+    """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
 
     def __init__(self):
         self.number = None
-        signal.signal(signal.SIGINT, self)
-        signal.signal(signal.SIGTERM, self)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self)
 
     def __call__(self, number, frame):
         if self.number is not None:
@@ -1963,96 +2234,10 @@ class Phase(NamedTuple):
     name: str
     start: int
     end: int
-    enter: Callable  # carry of the phase before -> carry of this one
     advance: Callable
+    enter: Callable = lambda carry: carry  # from the carry of the phase before
     stride: int = 1
     restart: Callable | None = None  # host environments begin new episodes at each checkpoint
-
-
-def train_loop(run, carry, phases, evaluate, args):
-    """Run the phases; log, evaluate and checkpoint between dispatches. Returns the last evaluation.
-
-    A dispatch lasts about a second, so that the bar moves and Ctrl-C is heard. What is computed and
-    logged does not depend on how long dispatches are.
-    """
-    intervals = (args.updates_per_dispatch, args.eval_interval, args.checkpoint_interval)
-    stop, saved = StopSignal(), run.step
-    if run.step >= phases[-1].end:
-        if (run.dir / "result.json").exists():
-            raise UserError(
-                f"{run.dir} is complete at step {run.step:,}: give more steps or --evaluate"
-            )
-        return evaluate(carry["state"], run.step)  # stopped between the last checkpoint and this
-
-    for phase in (p for p in phases if run.step < p.end):
-        if run.step == phase.start:
-            carry = phase.enter(carry)
-        quiet = not sys.stderr.isatty()
-        bar = tqdm(total=phase.end, initial=run.step, desc=phase.name, unit="step", disable=quiet)
-        rate, log_seconds, said = 8.0, 0.0, time.perf_counter()
-        while run.step < phase.end:
-            target = min([phase.end] + [(run.step // m + 1) * m for m in intervals])
-            n = max(1, min(-(-(target - run.step) // phase.stride), int(rate)))
-            compiled, start = phase.advance.seconds, time.perf_counter()
-            carry = phase.advance(carry, n)
-            sums = jax.device_get(carry["sums"])
-            compiling = phase.advance.seconds - compiled
-            if compiling:
-                tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
-            seconds = time.perf_counter() - start - compiling
-            before, run.step, rate = run.step, run.step + n * phase.stride, n / seconds
-            run.train_seconds, log_seconds = run.train_seconds + seconds, log_seconds + seconds
-            bar.update(run.step - before)
-            if quiet and time.perf_counter() - said > 10:  # not a terminal: lines, not a bar
-                said, speed = time.perf_counter(), rate * phase.stride
-                eta = (phase.end - run.step) / speed
-                print(f"{phase.name} {run.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
-            broken = [k for k, v in sums["train"].items() if not np.isfinite(v).all()]
-            if broken:
-                raise UserError(
-                    f"training diverged before step {run.step:,}: {', '.join(broken)} not finite; "
-                    f"step {saved:,} is the last good one in {run.dir}; try a lower --learning-rate"
-                )
-
-            log, evaluation, checkpoint = (
-                run.step // m > before // m or run.step >= phase.end for m in intervals
-            )
-            if log or evaluation:
-                count, episodes = np.maximum(sums["count"], 1), np.maximum(sums["episodes"], 1)
-                run.updates_per_s = float(sums["count"].flat[0] / log_seconds)
-                values = {f"train/{k}": v / count for k, v in sums["train"].items()}
-                for name in ("return", "success"):
-                    mean = np.where(sums["episodes"] > 0, sums[name] / episodes, np.nan)
-                    values[f"online/{name}"] = mean
-                values["time/updates_per_s"] = run.updates_per_s
-                values["time/train_seconds"] = run.train_seconds
-                values["time/compile_s"] = phase.advance.seconds
-                if "recent" in carry:  # the last episodes' returns, as many as there were
-                    recent = np.asarray(carry["recent"])
-                    known = np.maximum((~np.isnan(recent)).sum(axis=1), 1)
-                    mean = np.where(np.isnan(recent[:, 0]), np.nan, np.nansum(recent, 1) / known)
-                    values["charts/episodic_return"] = mean
-                values |= {f"eval/{k}": np.nan for k in run.metrics}
-                zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
-                carry, log_seconds = carry | {"sums": place(zeros, args.num_seeds)}, 0.0
-            if evaluation:
-                results = evaluate(carry["state"], run.step)
-                values |= {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
-                run.evals.append(results[run.metrics[0]].mean(axis=1).tolist())
-                tqdm.write(f"{phase.name} step {run.step:>9,}  {summary(results)}")
-            if log or evaluation:
-                run.log(phase.name, values)
-            stopping = stop.number is not None and run.step < phases[-1].end
-            if checkpoint or (stopping and phase.restart is None):
-                carry = phase.restart(carry) if phase.restart else carry
-                save_checkpoint(run.dir, carry, dict(step=run.step))
-                saved = run.step
-            if stopping:
-                bar.close()
-                print(f"stopped; --resume {run.dir} continues at {saved:,}", file=sys.stderr)
-                raise SystemExit(128 + stop.number)
-        bar.close()
-    return results
 
 
 def make_evaluate(task, env, policies, args):
@@ -2062,13 +2247,14 @@ def make_evaluate(task, env, policies, args):
     H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
     """
     seeds = [args.seed + i for i in range(args.num_seeds)]
-    slots = max(1, min(args.eval_episodes, (os.cpu_count() or 1) // args.num_seeds))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    slots = max(1, min(args.eval_episodes, (cores or 1) // args.num_seeds))
+    env = None if args.env_backend == "mjx" else env  # reported numbers are the official engine's
 
     @functools.cache  # made at the first evaluation and kept
     def host_envs():
         disabled = gymnasium.vector.AutoresetMode.DISABLED
-        timing = args.success_timing if task.dataset else None
-        return make_host_envs(task.gym_id, timing, slots * args.num_seeds, disabled)
+        return make_host_envs(task, args, slots * args.num_seeds, disabled)
 
     def run_jax(policy, state, step):
         key = purpose_key(state.seed, "eval", step)
@@ -2107,6 +2293,8 @@ def make_evaluate(task, env, policies, args):
         measured = {}
         for mode, run_episodes in modes.items():
             result = jax.device_get(run_episodes(state, step))
+            if score := task.parts.get("score"):
+                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
             measured |= {f"{k}_{mode}".rstrip("_"): v for k, v in result.items()}
         return {name: measured[name] for name in metric_names(task, policies)}
 
@@ -2135,22 +2323,50 @@ def check_numbers(args, unbounded=(), zero=()):
             continue
         may_be_0 = ("seed", "offline_steps", "online_steps", *zero)
         low = 0 if isinstance(value, float) or name in may_be_0 else 1
-        high = 1 if name in ("gamma", "tau") else np.inf
+        high = {"gamma": 1, "tau": 1, "seed": 2**31 - 1}.get(name, np.inf)
         if not low <= value <= high:
             bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
+    if args.seed + args.num_seeds > 2**31:
+        raise UserError("--seed plus --num-seeds must stay below 2^31")
 
 
-def command_line(run, args_type, argv=None):
-    """Parse the flags and call `run(args)`; what the user can mend is one sentence, exit code 2."""
+def fill(args, **values):
+    """Set those of `values` that no flag has set."""
+    unset = {k: v for k, v in values.items() if getattr(args, k) is None}
+    return dataclasses.replace(args, **unset)
+
+
+def task_table(task, defaults):
+    """What a task sets when no flag does: `defaults`, then the task's, then those of its file."""
+    family = next(prefix for prefix in TASK_DEFAULTS if task.base.startswith(prefix))
+    own = task.parts.get("defaults", {})
+    return defaults | TASK_DEFAULTS[family] | own.get("", {}) | own.get(ALGO, {})
+
+
+def own_flags(table):
+    """The part of a table that this script has flags for."""
+    return {k: v for k, v in table.items() if k in Args.__dataclass_fields__}
+
+
+def command_line(main, args_type, argv=None):
+    """Parse the flags, call `main(args)`; what the user can mend is one sentence, exit code 2."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress too
     try:
         args = tyro.cli(args_type, args=argv)
+        if "" in (args.resume, args.evaluate):
+            raise UserError("--resume and --evaluate need the directory of a run, but got ''")
         if args.resume or args.evaluate:
             args = read_args(args.resume or args.evaluate, argv, args_type())
-        run(args)
+        main(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except (jax.errors.JaxRuntimeError, MemoryError) as e:
+        if not any(word in str(e) for word in ("RESOURCE_EXHAUSTED", "ut of memory")):
+            raise
+        print(f"error: out of memory; fewer --num-seeds, smaller networks, --batch-size or "
+              f"--buffer-size ({str(e).splitlines()[0][:150]})", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted before training began; nothing was written", file=sys.stderr)
@@ -2158,19 +2374,52 @@ def command_line(run, args_type, argv=None):
     return 0
 
 
+def evaluate_only(args, task):
+    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
+    tree, facts = load_checkpoint(args.evaluate)
+    env = make_jax_env(task, args)
+    spaces = env or make_host_env(task, args.success_timing)
+    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
+    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
+    state = restore(state, tree["state"], args.evaluate)
+    policies = evaluation_policies(make_networks(args, act_dim), args)
+    results = make_evaluate(task, env, policies, args)(state, facts["step"])
+    print_evaluation(task, args, policies, facts["step"], results)
+    return results
+
+
 # ==== end shared: runs ====
 
 
-# ---- from flags to a run ----
+# ---- this script's flags ----
+JAX_ENVS = {}  # built-in environments beside the point mazes: name -> constructor
+FREE_ALSO = (  # flags that may still change when a run without online phase is resumed
+    "online_objective", "mvp_target", "eta", "adaptive_eta", "beta", "normalize_grad", "grad_at",
+    "online_cons_weight", "online_diag_weight", "q_agg_online", "learning_starts", "utd",
+    "buffer_size",
+)  # fmt: skip
+EVALUATION_FLAGS = (  # flags that may change with --evaluate
+    "eval_modes", "num_samples", "qgbs_beam", "qgbs_branches", "qgbs_rounds", "qgbs_snr",
+    "qgbs_eta", "qgbs_completion",
+)  # fmt: skip
+
+
+def prepare(raw, args):
+    """The dataset with --sparse rewards; refuses what has none or is too short."""
+    if len(raw["rewards"]) < args.horizon:
+        raise UserError(f"the dataset is shorter than one chunk of --horizon {args.horizon} steps")
+    if not args.sparse:
+        return raw
+    if raw["rewards"].max() > 0:
+        raise UserError("--sparse is for rewards of at most 0; use --sparse False")
+    return raw | {"rewards": -(raw["rewards"] != 0).astype(np.float32)}
+
+
 def resolve(args, task):
     """Fill what no flag set from the task table; refuse what is out of range or contradictory."""
-    family = next(prefix for prefix in TASK_DEFAULTS if task.base.startswith(prefix))
-    args = fill(args, env_id=task.name, **PAPER | TASK_DEFAULTS[family])
-    args = fill(
-        args,
-        checkpoint_interval=args.eval_interval,
-        online_objective="fmq" if args.actor == "flowmap" else "mvp",
-    )
+    table = own_flags(task_table(task, PAPER))
+    args = fill(args, **table)
+    args = fill(args, online_objective="fmq" if args.actor == "flowmap" else "mvp")
     zero = ("learning_starts", "consistency_warmup", "consistency_anneal_end", "qgbs_rounds")
     check_numbers(args, zero=zero)
     if min(args.hidden_dims, default=0) < 1:
@@ -2188,176 +2437,14 @@ def resolve(args, task):
         raise UserError("--online-steps must be a multiple of --horizon")
     if not args.eval_modes or len(set(args.eval_modes)) < len(args.eval_modes):
         raise UserError("--eval-modes needs at least one mode, and each only once")
+    if args.sparse and not task.dataset:
+        raise UserError(
+            f"--sparse is for OGBench's tasks, whose rewards are at most 0, not for {task.name}; "
+            f"use --sparse False"
+        )
+    if not args.evaluate:
+        refuse_ignored(args, vars(Args()) | table)
     return args
-
-
-def fill(args, **values):
-    """Set those of `values` that no flag has set; env_id always."""
-    unset = {k: v for k, v in values.items() if getattr(args, k) is None or k == "env_id"}
-    return dataclasses.replace(args, **unset)
-
-
-def make_jax_env(task, args):
-    """The task's environment as pure functions, or None where only the official one exists."""
-    maze = task.base.removeprefix("pointmaze-")
-    built_in = args.env_backend in ("auto", "jax")
-    if task.base != maze and maze in MAZES and built_in:
-        return PointMaze(maze, task.index, args.success_timing)
-    if args.env_backend == "mjx" and task.base == maze:
-        return make_mjx(task, MJX_MAZES, lambda: MjxAntMaze(task.gym_id, args.success_timing))
-    if args.env_backend in ("jax", "mjx"):
-        raise UserError(f"{task.name} has no {args.env_backend} environment; drop --env-backend")
-    return None
-
-
-def sparse_rewards(rewards):
-    """-1 for every reward but 0."""
-    return -(rewards != 0).astype(rewards.dtype)
-
-
-def sample_and_update(carry, data, objective, nets, args):
-    """Sample a batch and update once -> (carry, metrics). carry: state and, online, replay."""
-    state = carry["state"]
-    batch_key, update_key = jax.random.split(purpose_key(state.seed, "update", state.step))
-    batch = sample_chunks(
-        batch_key, data, carry.get("replay"), args.batch_size, args.horizon, args.gamma,
-        args.buffer_size,
-    )  # fmt: skip
-    for name in ("obs", "next_obs"):
-        batch[name] = (batch[name] - state.obs_mean) / state.obs_std
-    state, metrics = update(state, batch, update_key, objective, nets, args)
-    return carry | {"state": state}, metrics
-
-
-def gradient_step(carry, data, objective, nets, args):
-    """`sample_and_update` with its metrics added to the running sums."""
-    carry, metrics = sample_and_update(carry, data, objective, nets, args)
-    return carry | {"sums": add_sums(carry["sums"], metrics)}
-
-
-def explore(state, obs, time, nets, args, act_dim):
-    """One seed's chunk (H, A) at online step `time`."""
-    key = purpose_key(state.seed, "act", time)
-    return policy(state, obs, key, "best-of-n", nets, args, act_dim).reshape(args.horizon, act_dim)
-
-
-def store(carry, rows, returns, success, args):
-    """Put H steps into the replay and count the episodes that ended among them."""
-    if args.sparse:
-        rows = rows | {"rewards": sparse_rewards(rows["rewards"])}
-    sums = add_episodes(carry["sums"], returns, rows["terminals"], success)
-    return carry | {"replay": insert(carry["replay"], rows), "sums": sums}
-
-
-def online_block(carry, data, objective, env, nets, args, act_dim):
-    """H steps of a JAX environment, then H * utd updates."""
-    state, start = carry["state"], carry["replay"]["added"]
-
-    def env_step(envs, time):
-        obs = observe(env, envs["state"])
-        # A new chunk costs little beside an update: make one always, take it when one is due.
-        fresh = explore(state, obs[0], time, nets, args, act_dim)
-        plan = jnp.where(envs["position"] == 0, fresh, envs["plan"])
-        actions = plan[envs["position"]][None]
-        env_state, out = step_envs(
-            env, envs["state"], actions, purpose_key(state.seed, "env", time)
-        )
-        done = out["terminated"] | out["truncated"]
-        rows = dict(obs=obs, actions=actions, rewards=out["reward"], next_obs=out["next_obs"])
-        rows |= dict(masks=1.0 - out["terminated"], terminals=done)
-        returns = envs["returns"] + out["reward"]
-        envs = dict(
-            state=env_state,
-            returns=jnp.where(done, 0.0, returns),
-            plan=plan,
-            position=jnp.where(done[0], 0, (envs["position"] + 1) % args.horizon),
-        )
-        return envs, jax.tree.map(lambda x: x[0], (rows, returns, out["success"]))
-
-    envs, steps = jax.lax.scan(env_step, carry["envs"], start + jnp.arange(args.horizon))
-    carry = store(carry | {"envs": envs}, *steps, args)
-
-    def learn(_, learner):
-        after = gradient_step(carry | learner, data, objective, nets, args)
-        return {k: after[k] for k in learner}
-
-    updates = jnp.where(start < args.learning_starts, 0, args.horizon * args.utd)
-    return carry | jax.lax.fori_loop(0, updates, learn, {k: carry[k] for k in ("state", "sums")})
-
-
-class HostLoop:
-    """Online phase on official environments, one per seed: while they take H steps, the device
-    makes H * utd updates."""
-
-    def __init__(self, task, data, objective, nets, args, act_dim):
-        def learn(carry, data):
-            return gradient_step(carry, data, objective, nets, args)
-
-        self.args, self.act_dim = args, act_dim
-        same_step = gymnasium.vector.AutoresetMode.SAME_STEP
-        self.envs = make_host_envs(task.gym_id, args.success_timing, args.num_seeds, same_step)
-        choose = lambda s, o, t: explore(s, o, t, nets, args, act_dim)
-        self.explore = jax.jit(jax.vmap(choose, in_axes=(0, 0, None)))
-        self.learn = Program(learn, data)
-        keep = lambda *parts: store(*parts, args)
-        self.store = jax.jit(jax.vmap(keep, in_axes=(0, 1, 1, 1)), donate_argnums=0)
-
-    @property
-    def seconds(self):
-        return self.learn.seconds
-
-    def restart(self, carry):
-        """Begin new episodes whose seeds depend on the step alone, so that a run that goes on from
-        a checkpoint equals one that was never interrupted."""
-        self.time, num_seeds = int(carry["replay"]["added"][0]), self.args.num_seeds
-        ids = [(self.args.seed + s, self.time) for s in range(num_seeds)]
-        seeds = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
-        self.obs = self.envs.reset(seed=seeds)[0].astype(np.float32)
-        self.returns = np.zeros(num_seeds, np.float32)
-        self.plan = np.zeros((num_seeds, self.args.horizon, self.act_dim), np.float32)
-        self.position = np.zeros(num_seeds, int)
-        if not self.time:
-            return carry
-        # what was under way ends here: no window may join it with what comes
-        rows = carry["replay"]["rows"]
-        newest = (self.time - 1) % rows["terminals"].shape[1]
-        rows = rows | {"terminals": rows["terminals"].at[:, newest].set(1.0)}
-        return carry | {"replay": carry["replay"] | {"rows": rows}}
-
-    def act(self, carry, time):
-        """The next action of each seed; new chunks where the last one is used up."""
-        due = self.position == 0
-        if due.any():
-            fresh = np.asarray(self.explore(carry["state"], self.obs, time))
-            self.plan = np.where(due[:, None, None], fresh, self.plan)
-        return np.take_along_axis(self.plan, self.position[:, None, None], axis=1)[:, 0]
-
-    def step(self, actions):
-        """One step of all environments -> (rows, returns, success), each with a leading seed."""
-        next_obs, reward, terminated, truncated, info = self.envs.step(actions)
-        obs, self.obs, done = self.obs, next_obs.astype(np.float32), terminated | truncated
-        last_obs, success = self.obs.copy(), np.zeros(len(reward), np.float32)
-        for i in np.flatnonzero(done):  # there, next_obs starts an episode
-            last_obs[i], success[i] = info["final_obs"][i], info["final_info"]["success"][i]
-        rows = dict(obs=obs, actions=actions, rewards=reward.astype(np.float32), next_obs=last_obs)
-        rows |= dict(masks=np.float32(1) - terminated, terminals=done)
-        returns = self.returns + rows["rewards"]
-        self.returns = np.where(done, np.float32(0), returns)
-        self.position = np.where(done, 0, (self.position + 1) % self.args.horizon)
-        return rows, returns, success
-
-    def __call__(self, carry, n):
-        horizon = self.args.horizon
-        for _ in range(n):
-            updates = 0 if self.time < self.args.learning_starts else horizon * self.args.utd
-            actions = self.act(carry, self.time)
-            carry = self.learn(carry, updates)  # returns before it is done
-            steps = [self.step(actions)]
-            for h in range(1, horizon):
-                steps += [self.step(self.act(carry, self.time + h))]
-            carry = self.store(carry, *jax.tree.map(lambda *x: np.stack(x), *steps))
-            self.time += horizon
-        return carry
 
 
 def online_agg(args):
@@ -2367,116 +2454,28 @@ def online_agg(args):
     return "min" if args.online_objective == "fmq" else "mean"
 
 
-def make_phases(task, env, data, nets, args):
-    """The offline and, if asked for, the online phase."""
-    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
-    objective = args.online_objective
-
-    def learn(carry, data):
-        return gradient_step(carry, data, "offline", nets, args)
-
-    def interact(carry, data):
-        return online_block(carry, data, objective, env, nets, args, act_dim)
-
-    phases = [Phase("offline", 0, args.offline_steps, lambda c: c, Program(learn, data))]
-    if not args.online_steps:
-        return phases
-    capacity = min(args.online_steps, max(args.buffer_size, len(data["obs"]) + 1))
-    capacity -= capacity % args.horizon
-    host = HostLoop(task, data, objective, nets, args, act_dim) if env is None else None
-
-    def enter(carry):
-        def start(state):
-            state = state.replace(
-                offline_actor=jax.tree.map(jnp.copy, state.params["actor"]),
-                pessimistic=jnp.asarray(online_agg(args) == "min"),
-            )
-            new = dict(state=state, replay=make_replay(capacity, obs_dim, act_dim))
-            if env is not None:
-                env_state = reset_envs(env, purpose_key(state.seed, "env"), 1)
-                new["envs"] = dict(state=env_state, returns=jnp.zeros(1))
-                new["envs"] |= dict(plan=jnp.zeros((args.horizon, act_dim)), position=jnp.int32(0))
-            return new
-
-        carry = carry | place(jax.jit(jax.vmap(start))(carry["state"]), args.num_seeds)
-        return host.restart(carry) if host else carry
-
-    end = args.offline_steps + args.online_steps
-    advance, restart = (host, host.restart) if host else (Program(interact, data), None)
-    online_phase = ("online", args.offline_steps, end, enter, advance, args.horizon, restart)
-    return [*phases, Phase(*online_phase)]
+def refuse_ignored(args, unset):
+    """Flags without effect beside the others, where they differ from their defaults `unset`."""
+    flow_map = ("consistency", "consistency_warmup", "consistency_anneal_end", "time_embedding")
+    guide = ("eta", "adaptive_eta", "beta", "normalize_grad", "grad_at")
+    guide += ("online_cons_weight", "online_diag_weight")
+    search = [name for name in unset if name.startswith("qgbs_")]
+    for names, needed, given in (
+        (flow_map, "--actor flowmap", args.actor == "flowmap"),
+        (("flow_steps",), "--actor flow", args.actor == "flow"),
+        (("mvp_target",), "--online-objective mvp", args.online_objective == "mvp"),
+        (guide, "--online-objective fmq", args.online_objective == "fmq"),
+        (("beta",), "--adaptive-eta", args.adaptive_eta),
+        (search, "--eval-modes qgbs", "qgbs" in args.eval_modes),
+    ):
+        for name in names:
+            if not given and getattr(args, name) != unset[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} has no effect without {needed}; drop it or add that")
 
 
-def start_states(args, obs_dim, act_dim, mean, std):
-    """Fresh states of all seeds on the device(s)."""
-    seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
-    init = jax.vmap(lambda seed: init_state(args, obs_dim, act_dim, mean, std, seed))
-    return place(jax.jit(init)(seeds), args.num_seeds)
-
-
-def evaluation_policies(nets, args, act_dim):
-    """Mode -> (state, obs, key) -> chunk."""
-    fixed = dict(nets=nets, args=args, act_dim=act_dim)
-    modes = {mode.replace("-", "_"): mode for mode in args.eval_modes}
-    return {name: functools.partial(policy, mode=mode, **fixed) for name, mode in modes.items()}
-
-
-def train(args, task):
-    """Train from the start, or from the checkpoint of --resume; writes the run directory."""
-    tree, facts = load_checkpoint(args.resume) if args.resume else (None, {"step": 0})
-    env = make_jax_env(task, args)
-    raw, source = load_dataset(task, args.dataset_dir, args.success_timing)
-    if args.sparse and raw["rewards"].max() > 0:
-        raise UserError("--sparse is for rewards of at most 0; use --sparse False")
-    if args.sparse:
-        raw["rewards"] = sparse_rewards(raw["rewards"])
-    if len(raw["rewards"]) < args.horizon:
-        raise UserError(f"the dataset is shorter than one chunk of --horizon {args.horizon} steps")
-    data = place(chunk_data(raw), args.num_seeds, copy=True)
-    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
-    nets = make_networks(args, act_dim)
-    mean, std = jnp.zeros(obs_dim), jnp.ones(obs_dim)
-    if args.normalize_obs:
-        mean, std = data["obs"].mean(axis=0), data["obs"].std(axis=0) + 1e-6
-    phases = make_phases(task, env, data, nets, args)
-
-    state = start_states(args, obs_dim, act_dim, mean, std)
-    sums = jax.vmap(lambda seed: zero_sums(METRICS))(state.seed)
-    carry = dict(state=state, sums=place(sums, args.num_seeds))
-    if tree is not None:  # enter the phase in which the checkpoint was made, then fill it in
-        current = next((p for p in phases if facts["step"] <= p.end), phases[-1])
-        carry = current.enter(carry)
-        carry = restore(carry, tree, args.resume)
-        carry = current.restart(carry) if current.restart else carry
-    policies = evaluation_policies(nets, args, act_dim)
-    run = Run(args, task, source, raw, policies, facts["step"])
-    run.header(raw)
-    evaluate = make_evaluate(task, env, policies, args)
-    run.finish(train_loop(run, carry, phases, evaluate, args))
-
-
-def evaluate_only(args, task):
-    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
-    tree, facts = load_checkpoint(args.evaluate)
-    env = make_jax_env(task, args)
-    spaces = env or make_host_env(task.gym_id, args.success_timing)
-    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
-    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    state = restore(state, tree["state"], args.evaluate)
-    policies = evaluation_policies(make_networks(args, act_dim), args, act_dim)
-    results = make_evaluate(task, env, policies, args)(state, facts["step"])
-    print_evaluation(task, args, policies, facts["step"], results)
-
-
-# ---- main ----
-def run(args):
-    """Resolve the arguments, then train or evaluate."""
-    task = parse_task(args.env_id)
-    args = resolve(args, task)
-    if args.matmul_precision != "default":
-        jax.config.update("jax_default_matmul_precision", args.matmul_precision)
-    evaluate_only(args, task) if args.evaluate else train(args, task)
+# endregion
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(run, Args))
+    sys.exit(command_line(main, Args))

@@ -36,14 +36,10 @@ Deviations from the released code (and, where marked P, from the paper)
  10. P: tanh squashing (paper: plain Gaussian); entropy term active offline too, as in the code.
  11. --n-step, --normalize-obs and small networks exist for quick runs; papers' tables: 1, off, 512.
 
-Where to look: the method is below "# ---- networks" and "# ---- the method"; what stands between
-"# ==== shared: NAME ====" lines is the same in every script of this repository.
-
 Modes
-  python algos/gsflow.py                                  offline on pointmaze-medium, a few minutes
+  python algos/gsflow.py                                  offline on pointmaze-medium, minutes
   python algos/gsflow.py --env-id antmaze-large           offline, the paper's settings
   python algos/gsflow.py --env-id cube-double --online-steps 1000000     offline, then online
-  python algos/gsflow.py --env-id multi-crescent          the paper's toy, with pictures
   python algos/gsflow.py --evaluate runs/RUN              load a checkpoint and evaluate it
 """
 
@@ -58,38 +54,25 @@ Modes
 #   "gymnasium==1.4.0",
 #   "ogbench==1.2.2",
 #   "mujoco==3.17.0",
-#   "mujoco-mjx==3.17.0",
 #   "tensorboard==2.21.0",
 #   "tqdm==4.70.1",
 # ]
 # ///
 
-import contextlib
-import copy
-import csv
 import dataclasses
-import difflib
 import functools
-import hashlib
-import importlib.metadata
-import json
-import multiprocessing
 import os
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import textwrap
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # headless rendering
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # share the GPU with others
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/cleanflow/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import flax
 import flax.linen as nn
@@ -99,36 +82,34 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from gymnasium.experimental.functional import FuncEnv
-from tqdm import tqdm
 
 ALGO = "gsflow"
-FREE_ALSO = ()  # flags that may still change when a run without online phase is resumed
-EVALUATION_FLAGS = ("eval_temperature",)  # flags that may change with --evaluate
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     # ---- experiment ----
     env_id: str = "pointmaze-medium"
-    """task: an OGBench single-task id, a short name (antmaze-large, cube-double-task3), or
-    multi-crescent"""
+    """task: an OGBench single-task id, a short name (antmaze-large, cube-double-task3), a Gymnasium
+    id (with --dataset), or FILE.py:NAME, a task file"""
     seed: int = 0  # first seed
     num_seeds: int = 1  # train this many seeds (seed, seed+1, ...) in one vmapped program
     out_dir: str = "runs"  # directory in which the run directory is created
     evaluate: str | None = None
     """run directory: load its checkpoint, evaluate, print a table, train nothing"""
     resume: str | None = None  # run directory: continue it exactly where its last checkpoint stands
+    wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """float32 matmuls: JAX's default (TF32 on recent GPUs), high or highest"""
 
     # ---- environment and data ----
     env_backend: Literal["auto", "jax", "host", "mjx"] = "auto"
-    """jax: vmapped environment inside the program (point mazes, multi-crescent); host: the official
-    environment through gymnasium.vector; auto: jax where it exists, else host;
-    mjx: antmaze-* vmapped inside the program, for a GPU (far slower than host on a CPU)"""
+    """jax: vmapped environment inside the program (point mazes); host: the official environment
+    through gymnasium.vector; auto: jax where it exists, else host; mjx: ant mazes vmapped inside
+    the program, for a GPU (far slower than host on a CPU; evaluation stays official)"""
     success_timing: Literal["post", "pre"] = "post"
     """reward and success after the action (post, as published) or before it (pre, OGBench 1.2)"""
+    dataset: str | None = None  # transitions of your own: FILE.npz or FILE.hdf5 (see README)
     dataset_dir: str = "~/.ogbench/data"
     """where OGBench datasets are looked for, downloaded to or collected into"""
     num_envs: int = 1
@@ -141,12 +122,12 @@ class Args:
     offline_steps: int | None = None  # offline gradient steps (paper: 1,000,000)
     online_steps: int = 0
     """online environment steps after the offline phase (published protocol: 1,000,000)"""
-    updates_per_dispatch: int | None = None
-    """gradient steps per compiled call; metrics are averaged over them and logged"""
+    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = (
+        None  # log the metrics' mean over this many steps
+    )
     eval_interval: int | None = None  # evaluate every this many steps and at the end of each phase
     eval_episodes: int | None = None  # episodes per evaluation and seed
-    checkpoint_interval: int | None = None
-    """checkpoint every this many steps and at the end (default: eval-interval)"""
+    checkpoint_interval: int | None = None  # checkpoint every this many steps and at the end
 
     # ---- optimisation ----
     batch_size: int = 256  # rows per gradient step
@@ -201,7 +182,8 @@ class Args:
 # What a task sets when no flag does; the first matching prefix wins, "" is the rest. Sources:
 # [code] released GSFlow code, [fql] FQL's published settings, [ours] chosen here.
 PAPER = dict(  # [code]
-    offline_steps=1_000_000, updates_per_dispatch=500, eval_interval=100_000, eval_episodes=50,
+    offline_steps=1_000_000, log_interval=500, eval_interval=100_000, eval_episodes=50,
+    checkpoint_interval=100_000,
     hidden_dims=(512, 512, 512, 512), learning_rate=3e-4, tau=0.005, gamma=0.99, n_step=1,
     normalize_obs=False, q_agg="mean", alpha=10.0, fql_alpha=10.0, num_candidates=10,
 )  # fmt: skip
@@ -209,12 +191,9 @@ TASK_DEFAULTS = {
     # [ours] minutes on two CPU cores. The best of 10 noises follows value differences too small to
     # be real, drifts along the walls into corners without data and stays there; that of 4 does not.
     "pointmaze": dict(
-        offline_steps=15_000, eval_interval=2_500, hidden_dims=(128, 128, 128), learning_rate=1e-3,
-        tau=0.01, n_step=10, normalize_obs=True, alpha=3.0, fql_alpha=3.0, num_candidates=4,
-    ),
-    "multi-crescent": dict(  # [ours] small networks; the alphas that find most of the 15-modes
-        offline_steps=2_000, eval_interval=2_000, eval_episodes=1_000, hidden_dims=(64, 64),
-        alpha=10.0, fql_alpha=50.0,
+        offline_steps=8_000, eval_interval=2_000, checkpoint_interval=2_000, learning_rate=1e-3,
+        hidden_dims=(128, 128, 128), tau=0.01, n_step=10, normalize_obs=True, alpha=3.0,
+        fql_alpha=3.0, num_candidates=4,
     ),
     "antmaze-giant": dict(gamma=0.995, q_agg="min"),  # [fql]
     "antmaze": dict(q_agg="min"),  # [fql]
@@ -227,6 +206,518 @@ TASK_DEFAULTS = {
     "puzzle": dict(fql_alpha=1000.0),  # [fql]
     "": {},
 }  # fmt: skip
+
+
+# ---- networks ----
+class MLP(nn.Module):
+    """Dense layers with activation (then LayerNorm, if asked for) and a linear head."""
+
+    hidden_dims: tuple[int, ...]
+    out_dim: int
+    layer_norm: bool = False
+    activation: Callable = nn.gelu  # the tanh form
+    kernel_init: Callable = nn.initializers.glorot_uniform()
+
+    @nn.compact
+    def __call__(self, *inputs):
+        x = jnp.concatenate(inputs, axis=-1)
+        for width in self.hidden_dims:
+            x = self.activation(nn.Dense(width, kernel_init=self.kernel_init)(x))
+            x = nn.LayerNorm()(x) if self.layer_norm else x
+        return nn.Dense(self.out_dim, kernel_init=self.kernel_init)(x) if self.out_dim else x
+
+
+class Critic(nn.Module):
+    """Two independent Q functions with stacked parameters: (obs, action) -> (2, B)."""
+
+    hidden_dims: tuple[int, ...]
+    layer_norm: bool
+
+    @nn.compact
+    def __call__(self, obs, actions):
+        members = nn.vmap(
+            MLP,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            out_axes=0,
+            axis_size=2,
+        )
+        return members(self.hidden_dims, 1, self.layer_norm)(obs, actions).squeeze(-1)
+
+
+class GaussianStudent(nn.Module):
+    """(obs, noise) -> mean and clipped log standard deviation of the action before tanh."""
+
+    hidden_dims: tuple[int, ...]
+    act_dim: int
+    layer_norm: bool
+    head_scale: float
+    log_std_min: float
+    log_std_max: float
+
+    @nn.compact
+    def __call__(self, obs, noise):
+        x = MLP(self.hidden_dims, 0, self.layer_norm)(obs, noise)
+        init = nn.initializers.variance_scaling(self.head_scale, "fan_avg", "uniform")
+        mu = nn.Dense(self.act_dim, kernel_init=init)(x)
+        log_std = nn.Dense(self.act_dim, kernel_init=init)(x)
+        return mu, jnp.clip(log_std, self.log_std_min, self.log_std_max)
+
+
+class Encoder(nn.Module):
+    """(obs, noise) -> mean and log standard deviation of the latent."""
+
+    hidden_dims: tuple[int, ...]
+    latent_dim: int
+
+    @nn.compact
+    def __call__(self, obs, noise):
+        init = nn.initializers.lecun_normal()
+        out = MLP(self.hidden_dims, 2 * self.latent_dim, False, nn.relu, init)(obs, noise)
+        return jnp.split(out, 2, axis=-1)
+
+
+class Networks(NamedTuple):
+    """The method's functions of (params, inputs); tests put hand-made ones in their place."""
+
+    act_dim: int  # A
+    latent_dim: int  # L
+    critic: Callable  # (params, obs, action) -> (2, B)
+    velocity: Callable  # (params, obs, x_t, t (B, 1)) -> (B, A)
+    student: Callable  # (params, obs, x) -> (mu, log_std), each (B, A); deterministic: log_std None
+    encoder: Callable | None = None  # (params, obs, x) -> (mean, log_std), each (B, L)
+    decoder: Callable | None = None  # (params, obs, z) -> x (B, A); None: the prior is N(0, I)
+
+
+def make_modules(args, act_dim):
+    """Flax modules of the settings in `args`; only those that these settings train."""
+    actor = (args.actor_hidden_dims, act_dim, args.actor_layer_norm)
+    critic = Critic(args.critic_hidden_dims, args.critic_layer_norm)
+    modules = dict(critic=critic, velocity=MLP(*actor), student=MLP(*actor))
+    if args.student == "gaussian":
+        clip = (args.log_std_min, args.log_std_max)
+        modules["student"] = GaussianStudent(*actor, args.student_head_scale, *clip)
+    if args.prior == "cvae":
+        init = nn.initializers.lecun_normal()
+        modules["encoder"] = Encoder(args.prior_hidden_dims, args.latent_dim)
+        modules["decoder"] = MLP(args.prior_hidden_dims, act_dim, False, nn.relu, init)
+    return modules
+
+
+def make_networks(args, act_dim):
+    """The modules as plain functions."""
+    functions = {name: module.apply for name, module in make_modules(args, act_dim).items()}
+    if args.student == "deterministic":
+        mean = functions["student"]
+        functions["student"] = lambda params, obs, x: (mean(params, obs, x), None)
+    return Networks(act_dim, args.latent_dim, **functions)
+
+
+def init_params(args, obs_dim, act_dim, key):
+    """Trainable parameters, one entry per group: critic, velocity, student, ..."""
+    obs, action = jnp.zeros((1, obs_dim)), jnp.zeros((1, act_dim))
+    inputs = dict(
+        critic=(obs, action),
+        velocity=(obs, action, jnp.zeros((1, 1))),
+        student=(obs, action),
+        encoder=(obs, action),
+        decoder=(obs, jnp.zeros((1, args.latent_dim))),
+    )
+    modules = make_modules(args, act_dim)
+    keys = jax.random.split(key, len(modules))
+    params = {n: m.init(k, *inputs[n]) for (n, m), k in zip(modules.items(), keys, strict=True)}
+    if args.student == "gaussian":
+        params["log_temperature"] = jnp.log(jnp.float32(args.init_temperature))
+    return params
+
+
+# ---- the method: sampling ----
+def squashed_sample(mu, log_std, temperature, key):
+    """u = mu + T sigma eps -> (action tanh(u), u). T = 0 gives the mode."""
+    u = mu + temperature * jnp.exp(log_std) * jax.random.normal(key, mu.shape)
+    return jnp.tanh(u), u
+
+
+def squashed_log_prob(u, mu, log_std):
+    """log pi of a = tanh(u), summed over action dimensions, stable for any u: (..., A) -> (...)."""
+    gaussian = -0.5 * ((u - mu) * jnp.exp(-log_std)) ** 2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    return (gaussian - 2 * (jnp.log(2.0) - u - jax.nn.softplus(-2 * u))).sum(axis=-1)
+
+
+def sample_prior(params, nets, obs, key):
+    """Noise x (B, A) for teacher and student: decoded latents, or N(0, I) without a decoder."""
+    if nets.decoder is None:
+        return jax.random.normal(key, (*obs.shape[:-1], nets.act_dim))
+    z = jax.random.normal(key, (*obs.shape[:-1], nets.latent_dim))
+    return nets.decoder(params["decoder"], obs, z)
+
+
+def sample_action(params, nets, obs, x, temperature, key):
+    """One action per row and its log-probability (None for the deterministic student)."""
+    mu, log_std = nets.student(params["student"], obs, x)
+    if log_std is None:
+        return jnp.clip(mu, -1, 1), None
+    action, u = squashed_sample(mu, log_std, temperature, key)
+    # the density is that of T * sigma; at T = 0 there is none, and nothing may use it
+    log_prob = squashed_log_prob(u, mu, log_std + jnp.log(jnp.maximum(temperature, 1e-8)))
+    return jnp.clip(action, -1, 1), log_prob
+
+
+def flow_endpoint(params, nets, obs, x, flow_steps):
+    """Teacher's map F(s, x): Euler steps at t = 0, 1/K, ..., clipped once at the end."""
+
+    def euler_step(x, k):
+        t = jnp.full((*x.shape[:-1], 1), k / flow_steps)
+        return x + nets.velocity(params["velocity"], obs, x, t) / flow_steps, None
+
+    x, _ = jax.lax.scan(euler_step, x, jnp.arange(flow_steps))
+    return jnp.clip(x, -1, 1)
+
+
+def aggregate(q, how):
+    """Join the two critics' values: (2, ...) -> (...)."""
+    return q.min(axis=0) if how == "min" else q.mean(axis=0)
+
+
+def select_noise(params, nets, obs, noises, actions, how):
+    """Among candidates (N, B, A), the noise (B, A) whose action the critic likes best."""
+    obs = jnp.broadcast_to(obs, (noises.shape[0], *obs.shape))
+    q = aggregate(nets.critic(params["critic"], obs, actions), how)
+    best = q.argmax(axis=0)  # the first one on ties
+    return jnp.take_along_axis(noises, best[None, :, None], axis=0)[0]
+
+
+# ---- the method: losses ----
+def critic_loss(params, nets, batch, target):
+    """Mean squared TD error against the fixed target (B,)."""
+    q = nets.critic(params["critic"], batch["obs"], batch["actions"])
+    loss = jnp.mean((q - target) ** 2)
+    return loss, {"critic_loss": loss, "q": q.mean(), "td_target": target.mean()}
+
+
+def flow_loss(params, nets, batch, x0, t):
+    """Teacher: flow matching on straight paths from N(0, I) to the data; t is (B, 1)."""
+    x_t = (1 - t) * x0 + t * batch["actions"]
+    velocity = nets.velocity(params["velocity"], batch["obs"], x_t, t)
+    loss = jnp.mean((velocity - (batch["actions"] - x0)) ** 2)
+    return loss, {"flow_loss": loss}
+
+
+def prior_loss(params, nets, args, batch, x_adv, latent_noise):
+    """Q-guided prior: CVAE that reproduces the noise the critic chose."""
+    mean, log_std = nets.encoder(params["encoder"], batch["obs"], x_adv)
+    z = mean + jnp.exp(log_std) * latent_noise
+    x_rec = nets.decoder(params["decoder"], batch["obs"], z)
+    recon = jnp.mean((x_rec - x_adv) ** 2)
+    kl = -0.5 * jnp.mean(1 + 2 * log_std - mean**2 - jnp.exp(2 * log_std))
+    loss = args.recon_weight * recon + args.kl_weight * kl
+    return loss, {"prior_loss": loss, "prior_recon": recon, "prior_kl": kl}
+
+
+def student_loss(params, nets, args, batch, x, teacher_action, alpha, key):
+    """Distillation to the teacher, up the critic, entropy; one noise x for all three."""
+    frozen = jax.lax.stop_gradient(params)
+    obs = batch["obs"]
+    mu, log_std = nets.student(params["student"], obs, x)
+    if log_std is None:
+        action, entropy_term, info = mu, 0.0, {}
+        distill = jnp.mean((mu - teacher_action) ** 2)  # before the clip
+    else:
+        action, u = squashed_sample(mu, log_std, 1.0, key)
+        log_prob = squashed_log_prob(u, mu, log_std)
+        distill = jnp.mean((jnp.tanh(mu) - teacher_action) ** 2)  # the mode, not the sample
+        entropy_term = jnp.exp(frozen["log_temperature"]) * log_prob.mean()
+        info = {"entropy": -log_prob.mean(), "student_std": jnp.exp(log_std).mean()}
+    q = nets.critic(frozen["critic"], obs, jnp.clip(action, -1, 1))
+    q_term = -q.mean()  # always the mean of both critics
+    if args.normalize_q_loss:
+        q_term = q_term / jax.lax.stop_gradient(jnp.abs(q.mean(axis=0)).mean())
+    loss = alpha * distill + q_term + entropy_term
+    return loss, {"student_loss": loss, "distill_loss": distill, "student_q": q.mean(), **info}
+
+
+def temperature_loss(params, entropy, target_entropy):
+    """Raise alpha2 while the entropy is below its target, lower it above."""
+    temperature = jnp.exp(params["log_temperature"])
+    loss = temperature * jax.lax.stop_gradient(entropy - target_entropy)
+    return loss, {"temperature_loss": loss, "temperature": temperature}
+
+
+# ---- the method: one update ----
+@flax.struct.dataclass
+class TrainState:
+    """Everything that training changes. Keys are functions of (seed, step), so none is stored."""
+
+    params: Any
+    target_critic: Any
+    opt_state: Any
+    obs_mean: jax.Array
+    obs_std: jax.Array
+    seed: jax.Array
+    step: jax.Array
+
+
+class PhaseSettings(NamedTuple):
+    """What differs between the phases; traced, so that a switch recompiles nothing."""
+
+    alpha: jax.Array
+    td_temperature: jax.Array
+
+
+def phase_settings(args, phase):
+    """Settings of "offline" and "online"."""
+    if phase == "online":
+        return PhaseSettings(
+            jnp.float32(args.online_alpha), jnp.float32(args.online_td_temperature)
+        )
+    return PhaseSettings(jnp.float32(args.alpha), jnp.float32(args.offline_td_temperature))
+
+
+def optimizer(args):
+    """Adam without clipping, decay or schedule."""
+    return optax.adam(args.learning_rate)
+
+
+def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
+    """Fresh state of one seed."""
+    params = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
+    return TrainState(
+        params=params,
+        target_critic=params["critic"],
+        opt_state=optimizer(args).init(params),
+        obs_mean=obs_mean,
+        obs_std=obs_std,
+        seed=seed,
+        step=jnp.zeros((), jnp.int32),
+    )
+
+
+DRAWS = ("td_prior", "td_action", "flow_noise", "flow_time", "student_prior", "student_action")
+DRAWS += ("candidates", "latent")
+
+
+def make_update(nets, args):
+    """update(state, batch, key, settings) -> (state, metrics): one joint step of critic, teacher,
+    prior, student and temperature, then the target critic.
+
+    batch: obs, next_obs (B, D), actions (B, A), returns, discounts (B,); see `sample`.
+    """
+    target_entropy = args.target_entropy
+    if target_entropy is None:
+        target_entropy = -args.target_entropy_scale * nets.act_dim
+
+    def update(state, batch, key, settings):
+        keys = dict(zip(DRAWS, jax.random.split(key, len(DRAWS)), strict=True))
+        params = state.params
+        obs, next_obs, shape = batch["obs"], batch["next_obs"], batch["actions"].shape
+
+        # TD target: current student and decoder, target critic
+        x_next = sample_prior(params, nets, next_obs, keys["td_prior"])
+        next_action, next_log_prob = sample_action(
+            params, nets, next_obs, x_next, settings.td_temperature, keys["td_action"]
+        )
+        next_q = aggregate(nets.critic(state.target_critic, next_obs, next_action), args.q_agg)
+        if args.soft_backup:
+            next_q -= jnp.exp(params["log_temperature"]) * next_log_prob
+        target = batch["returns"] + batch["discounts"] * next_q
+
+        # Teacher's actions for the student's noise and for the candidates: one chain of Euler steps
+        x = sample_prior(params, nets, obs, keys["student_prior"])
+        if nets.decoder is None:
+            teacher_action = flow_endpoint(params, nets, obs, x, args.flow_steps)
+        else:
+            candidates = jax.random.normal(keys["candidates"], (args.num_candidates, *shape))
+            noises = jnp.concatenate([x[None], candidates])
+            stacked_obs = jnp.broadcast_to(obs, (*noises.shape[:2], obs.shape[-1]))
+            actions = flow_endpoint(params, nets, stacked_obs, noises, args.flow_steps)
+            teacher_action, how = actions[0], args.candidate_q_agg
+            x_adv = select_noise(params, nets, obs, candidates, actions[1:], how)
+
+        def total_loss(params):
+            x0 = jax.random.normal(keys["flow_noise"], shape)
+            t = jax.random.uniform(keys["flow_time"], (shape[0], 1))
+            student = (batch, x, teacher_action, settings.alpha, keys["student_action"])
+            losses = [
+                critic_loss(params, nets, batch, target),
+                flow_loss(params, nets, batch, x0, t),
+                student_loss(params, nets, args, *student),
+            ]
+            if "entropy" in losses[2][1]:  # a Gaussian student
+                losses += [temperature_loss(params, losses[2][1]["entropy"], target_entropy)]
+            if nets.decoder is not None:
+                latent_noise = jax.random.normal(keys["latent"], (shape[0], nets.latent_dim))
+                losses += [prior_loss(params, nets, args, batch, x_adv, latent_noise)]
+            info = functools.reduce(lambda a, b: a | b, (info for _, info in losses))
+            return sum(loss for loss, _ in losses), info
+
+        grads, info = jax.grad(total_loss, has_aux=True)(params)
+        updates, opt_state = optimizer(args).update(grads, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        target_critic = optax.incremental_update(params["critic"], state.target_critic, args.tau)
+        state = state.replace(
+            params=params, target_critic=target_critic, opt_state=opt_state, step=state.step + 1
+        )
+        return state, info
+
+    return update
+
+
+def make_policy(nets):
+    """policy(state, obs, key, temperature) = act(s; T): raw observation (D,) -> action (A,)."""
+
+    def policy(state, obs, key, temperature):
+        prior_key, action_key = jax.random.split(key)
+        obs = (obs - state.obs_mean) / state.obs_std
+        x = sample_prior(state.params, nets, obs, prior_key)
+        return sample_action(state.params, nets, obs, x, temperature, action_key)[0]
+
+    return policy
+
+
+# ---- training ----
+# What a dispatch changes, the carry, is a dict of arrays with a leading axis of seeds, which a
+# program's steps do not see. Always: state, a TrainState, and sums, the metrics since the last log.
+# Online also: replay, a ring of C rows = {obs, next_obs (C, D), actions (C, A), rewards, masks,
+# terminals (C,)} and added, their number so far; returns (E,) of the episodes under way; recent,
+# the last 20 episodes' returns; and on JAX environments envs: their states, the chunks (E, H, A) of
+# actions being played, and how many of each are taken (E,).
+def make_learn(nets, args):
+    """learn(carry, data, settings) -> carry: sample a batch and update once."""
+    update = make_update(nets, args)
+
+    def learn(carry, data, settings):
+        state = carry["state"]
+        batch_key, update_key = jax.random.split(purpose_key(state.seed, "update", state.step))
+        batch = sample(
+            batch_key, data, carry.get("replay"), args.batch_size, args.n_step, args.gamma,
+            args.buffer_size, args.num_envs, args.balanced_sampling,
+        )  # fmt: skip
+        for name in ("obs", "next_obs"):
+            batch[name] = (batch[name] - state.obs_mean) / state.obs_std
+        state, metrics = update(state, batch, update_key, settings)
+        return carry | {"state": state, "sums": add_sums(carry.get("sums"), metrics)}
+
+    return learn
+
+
+def make_act(nets, args):
+    """act(state, obs (E, D), time) -> exploring actions (E, 1, A) at online step `time`."""
+    policy = make_policy(nets)
+
+    def act(state, obs, time):
+        keys = jax.random.split(purpose_key(state.seed, "act", time), len(obs))
+        one = lambda obs, key: policy(state, obs, key, args.behavior_temperature)
+        return jax.vmap(one)(obs, keys)[:, None]
+
+    return act
+
+
+def train(args, task):
+    """Offline, then online: one step of all environments, then num_envs * utd updates."""
+    env = make_jax_env(task, args)
+    raw, source = load_dataset(task, args)
+    data = place(device_data(raw, args.n_step, args.gamma), args.num_seeds, copy=True)
+    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
+    args = fill(args, target_entropy=-args.target_entropy_scale * act_dim)
+    nets = make_networks(args, act_dim)
+    learn = make_learn(nets, args)
+    play = Play(make_act(nets, args), repeat(learn, args.num_envs * args.utd))
+
+    offline = (data, phase_settings(args, "offline"))
+    phases = [Phase("offline", 0, args.offline_steps, Program(learn, *offline))]
+    if args.online_steps:
+        rows = min(args.online_steps, max(args.buffer_size, len(data["obs"]) + 1))
+        online = (data, phase_settings(args, "online"))
+        phases += online_phases(task, env, play, args, rows, (obs_dim, act_dim), online)
+
+    state = start_states(args, obs_dim, act_dim, *observation_scale(data, args))
+    carry = dict(state=state, sums=zero_sums(learn, {"state": state}, *offline))
+    carry, step = resume(carry, phases, args)
+    policies = evaluation_policies(nets, args)
+    run = Run(args, task, source, raw, policies, step)
+    evaluate = make_evaluate(task, env, policies, args)
+    run.finish(train_loop(run, carry, phases, evaluate, nets))
+
+
+def evaluation_policies(nets, args):
+    """The one mode of evaluation: (state, obs, key) -> action at the evaluation's temperature."""
+    return {"": functools.partial(make_policy(nets), temperature=args.eval_temperature)}
+
+
+# ==== shared: training loop ====
+def train_loop(run, carry, phases, evaluate, nets):
+    """Run the phases dispatch by dispatch, each about a second, so that the bar moves and Ctrl-C is
+    heard; what is computed and logged does not depend on how long they are. Between dispatches log,
+    evaluate and save. Returns the last evaluation."""
+    if run.step >= phases[-1].end:  # stopped between its last checkpoint and result.json
+        return evaluate(carry["state"], run.step)
+    for phase in (p for p in phases if run.step < p.end):
+        if run.step == phase.start:
+            carry = phase.enter(carry)
+        run.begin(phase)
+        while run.step < phase.end:
+            n, start = run.iterations(), time.perf_counter()
+            carry = phase.advance(carry, n)
+            sums = jax.device_get(carry["sums"])
+            run.note(n, sums, time.perf_counter() - start)
+            log, evaluation, save = run.due()
+            if log or evaluation:
+                values = run.averages(sums, carry)
+                zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
+                carry = carry | {"sums": place(zeros, len(run.seeds))}
+            if evaluation:
+                results = evaluate(carry["state"], run.step)
+                values |= run.note_evaluation(results)
+            if log or evaluation:
+                run.log(values)
+            stopping = run.stop.number is not None and run.step < phases[-1].end
+            if save or stopping:
+                carry = phase.restart(carry) if phase.restart else carry
+                run.save(carry)
+            if stopping:
+                run.leave()
+        run.end_phase(nets, carry["state"])
+    return results
+
+
+# ==== end shared: training loop ====
+
+
+# ---- main ----
+def main(args):
+    """Resolve the arguments, then train or evaluate."""
+    task = parse_task(args.env_id, args.dataset_dir)
+    args = resolve(args, task)
+    if args.matmul_precision != "default":
+        jax.config.update("jax_default_matmul_precision", args.matmul_precision)
+    return evaluate_only(args, task) if args.evaluate else train(args, task)
+
+
+# region support: nothing below belongs to the method, and nearly all is the same in every script
+# ==== shared: imports ====
+import csv
+import difflib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import textwrap
+import zlib
+from types import MappingProxyType
+
+from gymnasium.experimental.functional import FuncEnv
+from tqdm import tqdm
+
+# ==== end shared: imports ====
 
 
 class UserError(Exception):
@@ -244,6 +735,7 @@ OGBENCH = {  # family: (variants, dataset types, default first; default task)
     "puzzle": (("3x3", "4x4", "4x5", "4x6"), ("play", "noisy"), 4),
 }
 PUZZLE_DEFAULT_TASK = {"puzzle-4x5": 2, "puzzle-4x6": 2}
+TASK_FILES = ("d4rl", "robomimic", "multi-crescent", "energy-toy")  # those of the repository
 
 
 class Task(NamedTuple):
@@ -255,12 +747,30 @@ class Task(NamedTuple):
     dataset: str = ""  # antmaze-large-navigate-v0, the official data
     index: int = 1
     success: bool = True  # whether there is such a thing; else only the return counts
+    source: tuple = ()  # of a task file: (path, name, dataset_dir)
+    parts: Any = MappingProxyType({})  # what that file's make_task says
+
+    @property
+    def official(self):
+        """Whether there is an environment for gymnasium.vector."""
+        return bool(self.gym_id or "make_env" in self.parts)
 
 
-def parse_task(env_id, other=()):
-    """Full OGBench single-task id or short name -> Task; `other` lists names outside OGBench."""
-    if env_id in other:
-        return Task(env_id, env_id)
+def parse_task(env_id, dataset_dir="~/.ogbench/data"):
+    """OGBench single-task id or short name, Gymnasium id, or FILE.py:NAME -> Task."""
+    suite, _, name = env_id.partition("/")
+    path, _, file_name = env_id.rpartition(":")
+    if suite in TASK_FILES:
+        short = f"{suite.replace('-', '_')}.py"
+        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / short
+        if not path.is_file():
+            raise UserError(
+                f"{env_id} needs benchmark/tasks/{short} of the CleanFlow repository: copy that "
+                f"file and give --env-id {short}:{name or env_id}"
+            )
+        return load_task(env_id, path, name or env_id, dataset_dir)
+    if path.endswith(".py"):
+        return load_task(f"{Path(path).stem}/{file_name}", Path(path), file_name, dataset_dir)
     tasks = {}
     for family, (variants, kinds, default) in OGBENCH.items():
         for base in (f"{family}-{v}" if v else family for v in variants):
@@ -275,10 +785,72 @@ def parse_task(env_id, other=()):
                     tasks[f"{base}-{kind}{suffix}"] = task
                     if kind == kinds[0]:
                         tasks[f"{base}{suffix}"] = task
-    if env_id not in tasks:
-        close = difflib.get_close_matches(env_id, [*other, *tasks], n=3, cutoff=0.3)
-        raise UserError(f"unknown task '{env_id}'; close matches: {', '.join(close) or 'none'}")
-    return tasks[env_id]
+    if env_id in tasks:
+        return tasks[env_id]
+    if env_id in gymnasium.registry or env_id in JAX_ENVS:
+        return Task(env_id, env_id, "" if env_id in JAX_ENVS else env_id, success=False)
+    names = [*tasks, *JAX_ENVS, *gymnasium.registry]
+    close = difflib.get_close_matches(env_id, names, n=3, cutoff=0.3)
+    raise UserError(f"unknown task '{env_id}'; close matches: {', '.join(close) or 'none'}")
+
+
+def load_file(path):
+    """Import a Python file by its path; its own imports must be installed packages."""
+    try:
+        spec = importlib.util.spec_from_file_location(f"cleanflow_{Path(path).stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    except (OSError, ImportError, SyntaxError) as e:
+        raise UserError(f"cannot load {path}: {e}") from e
+    return module
+
+
+def ask(function, *inputs):
+    """Call a function of a task file; what it raises for the user becomes one sentence."""
+    try:
+        return function(*inputs)
+    except (ValueError, OSError, ImportError) as e:
+        raise UserError(" ".join(str(e).split())) from e
+
+
+def load_task(task_name, path, name, dataset_dir):
+    """make_task(name, dataset_dir) of a task file -> Task; see README for what it returns."""
+    make_task = getattr(load_file(path), "make_task", None)
+    if make_task is None:
+        raise UserError(f"{path} has no function make_task(name, dataset_dir); see README")
+    parts = ask(make_task, name, dataset_dir)
+    if not isinstance(parts, dict) or not {"env", "make_env"} & set(parts):
+        raise UserError(f"make_task of {path} must return a dict with 'env' or 'make_env'")
+    known = ("env", "make_env", "data", "success", "score", "defaults", "critic", "after_phase")
+    if unknown := sorted(set(parts) - set(known)):
+        raise UserError(f"make_task of {path} returns '{unknown[0]}', but may return {known}")
+    lacks = [m for m in ("initial", "transition", "max_episode_steps") if "env" in parts
+             and not hasattr(parts["env"], m)]  # fmt: skip
+    if lacks:
+        raise UserError(f"the environment 'env' of {path} lacks '{lacks[0]}'; see README")
+    source = (str(Path(path).resolve()), name, dataset_dir)
+    success = parts.get("success", True)
+    return Task(task_name, task_name, success=success, source=source, parts=parts)
+
+
+def make_jax_env(task, args):
+    """The task's environment as pure functions, or None where only the official one exists."""
+    maze, backend = task.base.removeprefix("pointmaze-"), args.env_backend
+    if backend == "mjx" and task.gym_id:
+        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / "mjx.py"
+        if not path.is_file():
+            raise UserError(f"--env-backend mjx needs {path.name} of the CleanFlow repository")
+        return ask(load_file(path).make_env, task.gym_id, args.success_timing)
+    if backend in ("auto", "jax") and task.parts.get("env"):
+        return task.parts["env"]
+    if backend in ("auto", "jax") and task.base in JAX_ENVS:
+        return JAX_ENVS[task.base]()
+    if backend in ("auto", "jax") and task.base != maze and maze in MAZES:
+        return PointMaze(maze, task.index, args.success_timing)
+    if backend in ("jax", "mjx") or not task.official:
+        raise UserError(f"{task.name} has no {backend} environment; drop --env-backend")
+    return None
 
 
 # ==== end shared: tasks ====
@@ -570,9 +1142,7 @@ def step_envs(env, env_state, actions, key):
         return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old)
 
     fresh, _ = jax.lax.cond(  # most steps end no episode
-        done.any(),
-        lambda: reset_envs(env, reset_keys[0], t.shape[0]),
-        lambda: (next_states, t),
+        done.any(), lambda: reset_envs(env, reset_keys[0], t.shape[0]), lambda: (next_states, t)
     )
     return (jax.tree.map(restart, fresh, next_states), jnp.where(done, 0, t + 1)), out
 
@@ -621,22 +1191,26 @@ class SeededReset(gymnasium.Wrapper):
         return self.env.reset(seed=seed, options=options)
 
 
-def make_host_env(gym_id, success_timing=None):
-    """The official environment (OGBench's where `success_timing` is given); in a worker process
-    Ctrl-C is left to the main process."""
+def make_host_env(task, success_timing):
+    """The official environment (or a task file's); in a worker process Ctrl-C is left to the main
+    process."""
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's spaces set off warnings
-    import ogbench  # noqa: F401  registers the environments
-
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    options = dict(success_timing=success_timing) if success_timing else {}
-    return SeededReset(gymnasium.make(gym_id, **options))
+    if task.source:  # loaded here again: a worker cannot import what the main process loaded
+        path, name, dataset_dir = task.source
+        return SeededReset(ask(load_file(path).make_task(name, dataset_dir)["make_env"]))
+    import ogbench  # noqa: F401  registers the environments
+
+    options = dict(success_timing=success_timing) if task.dataset else {}
+    return SeededReset(gymnasium.make(task.gym_id, **options))
 
 
-def make_host_envs(gym_id, success_timing, num_envs, autoreset):
+def make_host_envs(task, args, num_envs, autoreset):
     """`num_envs` official environments in processes of their own."""
+    make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
     return gymnasium.vector.AsyncVectorEnv(
-        [functools.partial(make_host_env, gym_id, success_timing)] * num_envs,
+        [make] * num_envs,
         autoreset_mode=autoreset,
         context="forkserver",  # forking a process that runs JAX's threads can deadlock
     )
@@ -686,389 +1260,79 @@ def evaluate_host(envs, act, seeds, step, num_episodes):
 # ==== end shared: vector environments ====
 
 
-# ==== shared: mjx physics ====
-def nearest_points(gap, one, two):
-    """Where two segments s * one and t * two, |s|, |t| <= 1, are nearest; `gap` is the first centre
-    minus the second. Returns s, t, whether s is at an end, and whether at the upper one."""
-    aa, ab, bb = one @ one, -(one @ two), two @ two
-    u, v, det = -(one @ gap), two @ gap, aa * bb - ab**2
-    parallel = det <= jnp.finfo(det.dtype).eps * aa * bb
-    s = jnp.where(parallel, 0, (bb * u - ab * v) / jnp.where(parallel, 1, det))
-    at_end, upper, s = jnp.abs(s) > 1, s > 1, jnp.clip(s, -1, 1)
-    t = (v - ab * s) / bb
-    s = jnp.where(jnp.abs(t) > 1, (u - ab * jnp.sign(t)) / aa, s)
-    upper = jnp.where(jnp.abs(s) > 1, s > 1, upper)
-    return jnp.clip(s, -1, 1), jnp.clip(t, -1, 1), at_end | (jnp.abs(s) > 1), upper
-
-
-def import_mjx():
-    """MJX, MuJoCo's engine in JAX, with three colliders replaced by what MuJoCo's own do: MJX
-    aligns the tangents of a capsule's contact with a plane only beyond 30 degrees off the normal,
-    and finds the nearest points of capsules to five digits."""
-    with contextlib.redirect_stdout(None):  # it says that it has no warp
-        from mujoco import mjx
-        from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
-        from mujoco.mjx._src.collision_primitive import _sphere_sphere, collider
-        from mujoco.mjx._src.math import make_frame
-        from mujoco.mjx._src.types import GeomType
-
-    def balls(one, centre1, two, centre2):
-        dist, pos, normal = _sphere_sphere(centre1, one.size[0], centre2, two.size[0])
-        return dist, pos, make_frame(normal)
-
-    @collider(ncon=2)
-    def plane_capsule(plane, cap):
-        normal, axis = plane.mat[:, 2], cap.mat[:, 2]
-        tangent = axis - normal * (normal @ axis)
-        norm = jnp.linalg.norm(tangent)
-        tangent = tangent / jnp.maximum(norm, 1e-6)
-        frame = jnp.stack([normal, tangent, jnp.cross(normal, tangent)])
-        frame = jnp.where(norm > 1e-6, frame, make_frame(normal))
-        ends = cap.pos + jnp.stack([axis, -axis]) * cap.size[1]
-        dist = (ends - plane.pos) @ normal - cap.size[0]
-        return dist, ends - (cap.size[0] + dist / 2)[:, None] * normal, jnp.stack([frame, frame])
-
-    @collider(ncon=1)
-    def sphere_capsule(ball, cap):
-        axis, length = cap.mat[:, 2], cap.size[1]
-        t = jnp.clip((ball.pos - cap.pos) @ axis, -length, length)
-        return balls(ball, ball.pos, cap, cap.pos + t * axis)
-
-    @collider(ncon=1)
-    def capsule_capsule(one, two):
-        half1, half2 = (cap.mat[:, 2] * cap.size[1] for cap in (one, two))
-        s, t, *_ = nearest_points(one.pos - two.pos, half1, half2)
-        return balls(one, one.pos + s * half1, two, two.pos + t * half2)
-
-    _COLLISION_FUNC[GeomType.PLANE, GeomType.CAPSULE] = plane_capsule
-    _COLLISION_FUNC[GeomType.SPHERE, GeomType.CAPSULE] = sphere_capsule
-    _COLLISION_FUNC[GeomType.CAPSULE, GeomType.CAPSULE] = capsule_capsule
-    return mjx
-
-
-class MjxState(NamedTuple):
-    qpos: jax.Array
-    qvel: jax.Array
-    qacc: jax.Array  # of the last evaluation; the constraint solver starts from it
-    x: jax.Array  # position along x by which a locomotion task pays
-    derived: jax.Array  # inertias, velocities and forces that it observes, of the last evaluation
-    success: jax.Array  # did the last transition reach the goal? (mazes)
-
-
-class Mjx(FuncEnv):
-    """A MuJoCo environment in MJX: the official model; the rest is its subclasses'.
-
-    What MuJoCo derives from positions (body positions, contact forces, ...) is, after a step, that
-    of the last evaluation within the last Runge-Kutta step, and so it is here: `derive` reads it.
-    """
-
-    noise, gaussian = 0.1, True  # of the start: uniform on positions; on velocities perhaps normal
-
-    def __init__(self, gym_id: str):
-        super().__init__()
-        self.mjx = import_mjx()
-        self.official = make_host_env(gym_id).unwrapped
-        self.max_episode_steps = gymnasium.spec(gym_id).max_episode_steps
-        self.observation_space = self.official.observation_space
-        self.action_space = self.official.action_space
-        self.init_qpos, self.dt = self.official.init_qpos, self.official.dt
-        model = self.make_model()
-        # MJX lacks the iterative solver that Humanoid's model asks for, and runs line searches to
-        # their limit, 50 by default, though a few iterations find the minimum.
-        model.opt.solver, model.opt.ls_iterations = 2, 10  # Newton's method
-        self.model = self.mjx.put_model(model)
-        self.data = self.mjx.make_data(self.model)
-
-    def make_model(self):
-        return copy.copy(self.official.model)
-
-    def model_at(self, qpos):
-        """The model when the robot is there."""
-        return self.model
-
-    def derive(self, data):
-        """`x` and `derived` of a state."""
-        return data.qpos[0], jnp.zeros(0)
-
-    def simulate(self, state, action):
-        """The steps of MuJoCo in one of the environment, by the model's integrator: semi-implicit
-        Euler (HalfCheetah), or Runge-Kutta as a loop over its four evaluations, compiled once."""
-        mjx, h = self.mjx, self.model.opt.timestep
-        integrate = functools.partial(mjx._src.forward._integrate_pos, self.model.jnt_type)
-        tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
-
-        def step(_, state):
-            model, data = self.model_at(state.qpos), self.data.replace(ctrl=action)
-            if model.opt.integrator == 0:
-                start = dict(qpos=state.qpos, qvel=state.qvel, qacc_warmstart=state.qacc)
-                new = mjx.step(model, data.replace(**start))
-                return state._replace(qpos=new.qpos, qvel=new.qvel, qacc=new.qacc)
-
-            def evaluate(carry, ab):
-                qvel, qacc, mean_qvel, mean_qacc, _ = carry
-                qpos = integrate(state.qpos, qvel, ab[0] * h)
-                qvel = state.qvel + ab[0] * h * qacc
-                new = mjx.forward(model, data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=qacc))
-                means = mean_qvel + ab[1] * qvel, mean_qacc + ab[1] * new.qacc
-                new = mjx.rne_postconstraint(model, new)  # contact forces on bodies, if observed
-                return (qvel, new.qacc, *means, self.derive(new)), None
-
-            zeros = jnp.zeros_like(state.qvel)
-            carry = (state.qvel, state.qacc, zeros, zeros, (state.x, state.derived))
-            (_, qacc, qvel, mean_qacc, (x, derived)), _ = jax.lax.scan(evaluate, carry, tableau)
-            qpos, qvel = integrate(state.qpos, qvel, h), state.qvel + h * mean_qacc
-            return state._replace(qpos=qpos, qvel=qvel, qacc=qacc, x=x, derived=derived)
-
-        return jax.lax.fori_loop(0, self.official.frame_skip, step, state)
-
-    def at(self, qpos, qvel):
-        """State after a reset to these positions and velocities."""
-        data = self.data.replace(qpos=qpos, qvel=qvel)
-        for part in (self.mjx.kinematics, self.mjx.com_pos, self.mjx.com_vel):
-            data = part(self.model, data)
-        return MjxState(qpos, qvel, jnp.zeros_like(qvel), *self.derive(data), jnp.asarray(False))
-
-    def initial(self, rng: Any, params: Any = None) -> MjxState:
-        keys, shapes = jax.random.split(rng), (self.init_qpos.shape, (self.model.nv,))
-        qpos = jax.random.uniform(keys[0], shapes[0], minval=-1)
-        draw = jax.random.normal if self.gaussian else jax.random.uniform
-        qvel = draw(keys[1], shapes[1]) if self.gaussian else draw(keys[1], shapes[1], minval=-1)
-        return self.at(self.init_qpos + self.noise * qpos, self.noise * qvel)
-
-    def transition(self, state, action, rng=None, params=None) -> MjxState:
-        return self.simulate(state, action)
-
-
-def make_mjx(task, supported, make):
-    """`make()` if the task is among those that MJX can simulate; on a CPU with a warning."""
-    if task.base not in supported:
-        raise UserError(
-            f"--env-backend mjx is for {', '.join(supported)}, not for {task.name}; use the "
-            f"official environment, --env-backend host"
-        )
-    if jax.default_backend() == "cpu":
-        print(
-            "NOTICE: --env-backend mjx is made for a GPU; on a CPU the official engine, "
-            "--env-backend host, is many times faster",
-            file=sys.stderr,
-        )
-    return make()
-
-
-# ==== end shared: mjx physics ====
-
-
-# ==== shared: mjx ant mazes ====
-MJX_MAZES = ("antmaze-medium", "antmaze-large", "antmaze-giant")
-EDGES = [(j, *corner) for j in range(3) for corner in ((-1, -1), (1, -1), (-1, 1), (1, 1))]
-EDGE_AXIS = np.eye(3)[[e[0] for e in EDGES]]  # the axis along which each edge of a box runs
-EDGE_SIDE = np.array([np.insert(e[1:], e[0], 0) for e in EDGES])  # and where it lies on the others
-
-
-def sphere_box(centre, radius, size):
-    """Distance, position and normal (towards the box) of a contact, all in the box's frame."""
-    gap = jnp.clip(centre, -size, size) - centre
-    dist = jnp.linalg.norm(gap)
-    depths = jnp.concatenate([size + centre, size - centre])  # below the faces, where inside
-    inward = jnp.asarray(np.concatenate([np.eye(3), -np.eye(3)]))[depths.argmin()]
-    normal = jnp.where(dist > 1e-15, gap / jnp.maximum(dist, 1e-15), inward)
-    dist = jnp.where(dist > 1e-15, dist, -depths.min())
-    return dist - radius, centre + normal * (radius + dist) / 2, normal
-
-
-def capsule_box(centre, half, size):
-    """Where on a capsule's segment centre + t * half, |t| <= 1, MuJoCo puts its two contacts with a
-    box, in the box's frame -> (t of the first, step to the second, whether there is a second).
-
-    The first is the point nearest to the box's surface: an end over a face, or the point nearest to
-    an edge. The second lies as far along the segment as it runs along the face or edge.
-    """
-    ends = centre + jnp.array([[-1.0], [1.0]]) * half
-    outside = jnp.abs(ends) > size
-    face_dist = (jnp.maximum(jnp.abs(ends) - size, 0) ** 2).sum(1)
-    face_dist = jnp.where(outside.sum(1) <= 1, face_dist, jnp.inf)
-    end = face_dist.argmin()
-
-    edges, gap = EDGE_AXIS * size, EDGE_SIDE * size - centre
-    box_t, t, corner, upper = jax.vmap(nearest_points, (0, 0, None))(gap, edges, half)
-    apart = gap + box_t[:, None] * edges - t[:, None] * half
-    edge_dist = (apart**2).sum(1)
-    k = edge_dist.argmin()
-    on_face = face_dist[end] - 1e-15 <= edge_dist[k]
-
-    # from an end over a face: towards the other end, until the segment leaves the face
-    sign = 1 - 2 * end
-    exits = jnp.stack([size - ends[end], -size - ends[end]]) / (sign * half)
-    exits = jnp.where((exits > 0) & ~outside[end], exits, jnp.inf)
-    face_second = sign * jnp.minimum(exits.min(), 2)
-
-    # from a corner: `odd` is the axis on which the segment runs otherwise than on the other two
-    t, box_t, edge = t[k], box_t[k], jnp.asarray(EDGE_AXIS)[k] > 0
-    side = jnp.where(edge, upper[k], jnp.asarray(EDGE_SIDE)[k] > 0)
-    away = (half > 0) != side
-    across = 2 * size / jnp.abs(half)
-    sign = jnp.where(away.sum() == 1, 1, -1)
-    odd = away == (sign > 0)
-    along_edge = jnp.minimum(1 - sign * t, jnp.where(odd, across, jnp.inf).min())
-    along_face = jnp.minimum(1 + sign * t, jnp.where(odd, jnp.inf, across).min())
-    is_along_edge = 2 * jnp.where(odd, half**2, 0).sum() > half @ half
-    corner_second = sign * jnp.where(is_along_edge, along_edge, -along_face)
-    corner_has = (away.sum() > 0) & (away.sum() < 3)
-
-    # from inside an edge: over the face with which the segment makes the smaller angle
-    over = jnp.where(edge, -1, jnp.abs(half)).argmax()
-    sign = jnp.where(away[over], 1, -1)
-    rest = 1 - box_t * jnp.where((jnp.where(edge, half, 0).sum() > 0) == away[over], 1, -1)
-    rest = rest / 2 * jnp.where(edge, across, 0).sum()
-    edge_second = sign * jnp.minimum(jnp.minimum(1 - sign * t, across[over]), rest)
-    edge_has = (away & ~edge).sum() == 1
-
-    second = jnp.where(corner[k], corner_second, edge_second)
-    has_second = jnp.where(corner[k], corner_has, edge_has)
-    t = jnp.where(on_face, -1 + 2 * end, t)
-    second = jnp.where(on_face, face_second, second)
-    return t, second, jnp.where(on_face, outside[end].any(), has_second)
-
-
-def import_box_colliders():
-    """Replace MJX's contacts of spheres and capsules with boxes by MuJoCo's: MJX drops those that
-    are apart but within the margin, and has others where a capsule meets an edge of the box."""
-    from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
-    from mujoco.mjx._src.collision_primitive import collider
-    from mujoco.mjx._src.math import make_frame
-    from mujoco.mjx._src.types import GeomType
-
-    def contacts(points, radius, box):
-        dist, pos, normal = jax.vmap(lambda p: sphere_box(p, radius, box.size))(points)
-        return dist, box.pos + pos @ box.mat.T, jax.vmap(make_frame)(normal @ box.mat.T)
-
-    @collider(ncon=1)
-    def sphere(ball, box):
-        centre = box.mat.T @ (ball.pos - box.pos)
-        return jax.tree.map(lambda x: x[0], contacts(centre[None], ball.size[0], box))
-
-    @collider(ncon=2)
-    def capsule(cap, box):
-        centre, half = box.mat.T @ (cap.pos - box.pos), box.mat.T @ cap.mat[:, 2] * cap.size[1]
-        t, step, second = capsule_box(centre, half, box.size)
-        points = centre + jnp.stack([t, t + jnp.where(second, step, 0)])[:, None] * half
-        dist, pos, frame = contacts(points, cap.size[0], box)
-        return dist.at[1].set(jnp.where(second, dist[1], 1.0)), pos, frame
-
-    _COLLISION_FUNC[GeomType.SPHERE, GeomType.BOX] = sphere
-    _COLLISION_FUNC[GeomType.CAPSULE, GeomType.BOX] = capsule
-
-
-class MjxAntMaze(Mjx):
-    """OGBench's antmaze-{medium,large,giant} with a fixed task.
-
-    Of the walls, four boxes stand where the ant is: in the 2 x 2 cells around it, as often as the
-    engine steps. An ant (1.3 wide to each side) cannot touch another one.
-    """
-
-    max_active = 20  # contacts, the deepest ones: nine at once is the most that was ever seen
-
-    def __init__(self, gym_id: str, success_timing: str):
-        super().__init__(gym_id)
-        import_box_colliders()
-        self.success_timing = success_timing
-        info = self.official.task_infos[self.official._reward_task_id - 1]
-        self.start_xy, self.goal_xy = np.array(info["init_xy"]), np.array(info["goal_xy"])
-
-    def make_model(self):
-        import mujoco
-
-        spec = mujoco.MjSpec.from_file(self.official.fullpath)
-        walls = [geom for geom in spec.geoms if geom.name.startswith("block_")]
-        for geom in walls[4:]:
-            spec.delete(geom)
-        spec.delete(spec.numeric("init_qpos"))  # MJX would take its first entry for the next one
-        spec.add_numeric(name="max_contact_points", size=1, data=[self.max_active])
-        model = spec.compile()
-        self.tiles = np.array([model.geom(geom.name).id for geom in walls[:4]])
-        return model
-
-    def model_at(self, qpos):
-        unit = self.official._maze_unit
-        corner = jnp.floor((qpos[:2] + self.official._offset_x) / unit).astype(int)
-        cells = corner + np.array([(0, 0), (1, 0), (0, 1), (1, 1)])
-        wall = jnp.asarray(self.official.maze_map == 1)[cells[:, 1], cells[:, 0]]
-        height = jnp.where(wall, self.official._maze_height / 2 * unit, -100.0)  # or out of reach
-        xy = cells * unit - self.official._offset_x
-        tiles = jnp.concatenate([xy, height[:, None]], axis=1)
-        return self.model.replace(geom_pos=self.model.geom_pos.at[self.tiles].set(tiles))
-
-    def initial(self, rng: Any, params: Any = None) -> MjxState:
-        state_key, xy_key = jax.random.split(rng)
-        state = super().initial(state_key)
-        xy = self.start_xy + jax.random.uniform(xy_key, (2,), minval=-1, maxval=1)
-        return state._replace(qpos=state.qpos.at[:2].set(xy))
-
-    def transition(self, state, action, rng=None, params=None) -> MjxState:
-        new = self.simulate(state, action)
-        judged = new if self.success_timing == "post" else state
-        distance = jnp.linalg.norm(judged.qpos[:2] - self.goal_xy)
-        return new._replace(success=distance <= self.official._goal_tol)
-
-    def observation(self, state, rng=None, params=None):
-        return jnp.concatenate([state.qpos, state.qvel])
-
-    def reward(self, state, action, next_state, rng=None, params=None):
-        return next_state.success.astype(jnp.float32) - 1
-
-    def terminal(self, state, rng=None, params=None):
-        return state.success
-
-    def success(self, state):
-        return state.success
-
-
-# ==== end shared: mjx ant mazes ====
-
-
 # ==== shared: data ====
-AUTO_COLLECT = 200_000  # transitions collected when a download fails: a minute or two, not an hour
+AUTO_COLLECT = 200_000  # transitions collected when a download fails
 ACTION_LIMIT = 1 - 1e-5  # dataset actions are kept just inside the box
 
 
-def load_dataset(task, dataset_dir, success_timing):
-    """Transitions of a task -> (dict of arrays, source "official" or "collected ...").
+def load_dataset(task, args):
+    """Transitions of a task -> (dict of arrays, source).
 
     Keys: observations, next_observations (N, D), actions (N, A), rewards, masks (0 after success),
-    terminals (1 at an episode's last row), each (N,). Looks for the official file, then for a
-    collected one; then downloads; then collects.
+    terminals (1 at an episode's last row), each (N,). From --dataset, from the task file, or from
+    `dataset_dir`: an official or a collected file, else a download, else data collected here.
     """
-    family, maze = task.base.split("-", 1)[0], task.base.split("-")[-1]
-    directory = Path(dataset_dir).expanduser()
-    official = directory / f"{task.dataset}.npz"
-    collected = directory / f"{task.dataset.removesuffix('-v0')}-v0.collected.npz"
-    if official.exists():
-        raw, source = read_npz(official), "official"
-    elif collected.exists():
-        raw, source = read_npz(collected), f"collected ({collected.name})"
-    elif family == "pointmaze" and maze in MAZES:
-        kind = task.dataset.split("-")[2]
-        raw = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
-        source = f"collected ({AUTO_COLLECT:,} transitions, in this script)"
-    elif download(task.dataset, directory):
-        raw, source = read_npz(official), "official"
+    if args.dataset:
+        raw, source = read_file(Path(args.dataset).expanduser()), f"own ({Path(args.dataset).name})"
+        if "rewards" not in raw and not task.dataset:
+            raise UserError(f"{args.dataset}: no 'rewards' in it")
+    elif "data" in task.parts:
+        raw, source = ask(task.parts["data"])
+    elif task.dataset:
+        raw, source = ogbench_file(task, Path(args.dataset_dir).expanduser())
     else:
-        collect(task.dataset, directory)
-        raw, source = read_npz(collected), f"collected ({collected.name})"
-
-    keep = np.flatnonzero(~raw["terminals"].astype(bool))  # an episode's last row has no successor
-    data = {k: v[keep] for k, v in raw.items() if len(v) == len(raw["terminals"])}
-    data["next_observations"] = raw["observations"][keep + 1]
-    data["terminals"] = raw["terminals"][keep + 1].astype(np.float32)
-    point_maze = family == "pointmaze" and maze in MAZES
-    env = PointMaze(maze, task.index) if point_maze else make_host_env(task.gym_id, success_timing)
+        raise UserError(f"{task.name} comes without data: give --dataset FILE.npz")
+    data = transitions(raw) if "next_observations" not in raw else dict(raw)
+    maze = task.base.removeprefix("pointmaze-")
+    if task.base != maze and maze in MAZES:
+        env = PointMaze(maze, task.index)
+    else:
+        env = task.parts.get("env") or make_host_env(task, args.success_timing)
+    if "rewards" not in raw:
+        relabel(task, env, data)
+    data = {k: np.asarray(v, np.float32) for k, v in data.items()}
+    boxed = np.isfinite(env.action_space.high).all()
+    check_transitions(data, args.dataset or source, boxed)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
     if sizes != (data["observations"].shape[1], data["actions"].shape[1]):
         raise UserError(
             f"the dataset belongs to another environment: {task.name} has observations and actions "
-            f"of {sizes[0]} and {sizes[1]} entries; put the right {task.dataset}.npz in {directory}"
+            f"of {sizes[0]} and {sizes[1]} entries; put the right {task.dataset}.npz in place"
         )
-    if point_maze:  # what OGBench's relabelling does, without building its simulator
+    if hasattr(env, "close"):
+        env.close()
+    return data, source
+
+
+def ogbench_file(task, directory):
+    """Raw arrays of an OGBench dataset -> (dict, source)."""
+    official = directory / f"{task.dataset}.npz"
+    collected = directory / f"{task.dataset}.collected.npz"
+    maze = task.base.removeprefix("pointmaze-")
+    if not official.exists() and not collected.exists():
+        if task.base != maze and maze in MAZES:  # quicker than any download
+            kind = task.dataset.removeprefix(f"{task.base}-").removesuffix("-v0")
+            data = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
+            return data, f"collected ({AUTO_COLLECT:,} transitions, in this script)"
+        if not download(task.dataset, directory):
+            collect(task.dataset, directory)
+    if official.exists():
+        return read_file(official), "official"
+    return read_file(collected), f"collected ({collected.name})"
+
+
+def transitions(raw):
+    """Rows with their successors; an episode's last row has none and is dropped."""
+    keep = np.flatnonzero(~raw["terminals"].astype(bool))
+    data = {k: v[keep] for k, v in raw.items() if len(v) == len(raw["terminals"])}
+    data["next_observations"] = raw["observations"][keep + 1]
+    data["terminals"] = raw["terminals"][keep + 1]
+    return data
+
+
+def relabel(task, env, data):
+    """Rewards and masks of the task, from the simulator's positions, as OGBench computes them."""
+    if isinstance(env, PointMaze):  # the same, without its simulator
         distance = np.linalg.norm(data["qpos"] - env.goal_xy, axis=-1)
         data["masks"] = (distance > env.goal_tol).astype(np.float32)
         data["rewards"] = -data["masks"]
@@ -1076,33 +1340,63 @@ def load_dataset(task, dataset_dir, success_timing):
         from ogbench.relabel_utils import relabel_dataset
 
         relabel_dataset(task.gym_id, env, data)
-        env.close()
-    return data, source
 
 
-def read_npz(path):
-    """Read and check a raw OGBench file: observations (N, D), actions (N, A), terminals (N,)."""
+def read_file(path):
+    """Read and check a dataset, FILE.npz or FILE.hdf5: observations (N, D), actions (N, A),
+    terminals (N,) in OGBench's layout, or transitions, with rewards, masks, next_observations."""
     try:
-        with np.load(path) as file:
-            raw = {k: file[k] for k in file.files if k != "metadata"}
+        if path.suffix in (".hdf5", ".h5"):
+            import h5py
+
+            with h5py.File(path) as file:
+                raw = {k: v[()] for k, v in file.items() if isinstance(v, h5py.Dataset)}
+        else:
+            with np.load(path) as file:
+                raw = {k: file[k] for k in file.files if k != "metadata"}
+    except ImportError as e:
+        raise UserError(f"reading {path} needs h5py: pip install h5py") from e
     except Exception as e:
         raise UserError(f"cannot read {path} ({e}); delete it and start again") from e
 
     def bad(what):
         raise UserError(f"{path}: {what}; delete the file and download or collect it again")
 
-    for key, ndim in (("observations", 2), ("actions", 2), ("terminals", 1), ("qpos", 2)):
+    if "next_observations" in raw and "masks" not in raw and "terminals" in raw:  # D4RL's names
+        raw["masks"] = 1.0 - raw["terminals"].astype(np.float32)
+        raw["terminals"] = np.maximum(raw["terminals"], raw.get("timeouts", 0)).astype(np.float32)
+        raw["terminals"][-1:] = 1
+    needed = [("observations", 2), ("actions", 2), ("terminals", 1)]
+    needed += [("qpos", 2)] * ("rewards" not in raw) + [("rewards", 1)] * ("rewards" in raw)
+    for key, _ in needed:
         if key not in raw:
             bad(f"no '{key}' in it")
+    for key, ndim in needed:
         if raw[key].ndim != ndim or len(raw[key]) != len(raw["terminals"]) or len(raw[key]) < 2:
             bad(f"'{key}' has shape {raw[key].shape}")
-        if raw[key].dtype.kind not in "fb" or not np.isfinite(raw[key]).all():
+        if (
+            raw[key].dtype.kind not in ("f" if ndim == 2 else "fb")
+            or not np.isfinite(raw[key]).all()
+        ):
             bad(f"'{key}' is not floating point, or holds NaN or infinity")
-    if np.abs(raw["actions"]).max() > 1 + 1e-5:
-        bad("actions outside [-1, 1]")
     if not raw["terminals"][-1]:
         bad("the last row does not end an episode, so the file looks cut short")
+    if raw["terminals"].all():
+        bad("every row ends an episode")
     return raw
+
+
+def check_transitions(data, source, boxed):
+    """Refuse what would train into nonsense: shapes, NaN, magnitudes."""
+    keys = ("observations", "actions", "rewards", "masks", "terminals", "next_observations")
+    rows = len(data.get("observations", ()))
+    for key in keys:
+        if key not in data or len(data[key]) != rows or rows < 2:
+            raise UserError(f"the data ({source}) hold no '{key}', or not one for each row")
+        if not (np.abs(data[key]) < 1e6).all():
+            raise UserError(f"the data ({source}): '{key}' holds NaN or numbers beyond a million")
+    if boxed and np.abs(data["actions"]).max() > 1 + 1e-5:
+        raise UserError(f"the data ({source}) hold actions outside [-1, 1]")
 
 
 def download(dataset, directory):
@@ -1138,6 +1432,13 @@ def collect(dataset, directory):
     command = [sys.executable, str(tool), dataset, "--num-transitions", str(AUTO_COLLECT)]
     if subprocess.run([*command, "--dataset-dir", str(directory)]).returncode:
         raise UserError(f"collecting {dataset} failed; see the message above")
+
+
+def observation_scale(data, args):
+    """Mean and deviation (D,) that standardise observations; 0 and 1 without --normalize-obs."""
+    if args.normalize_obs:
+        return data["obs"].mean(axis=0), data["obs"].std(axis=0) + 1e-6
+    return jnp.zeros(data["obs"].shape[1]), jnp.ones(data["obs"].shape[1])
 
 
 # ==== end shared: data ====
@@ -1183,30 +1484,6 @@ def device_data(data, n, gamma):
 # ==== end shared: n-step targets ====
 
 
-# ==== shared: replay ====
-def make_replay(capacity, obs_dim, act_dim):
-    """Empty ring of online rows; `added` counts all rows ever written."""
-    shapes = dict(obs=(obs_dim,), next_obs=(obs_dim,), actions=(act_dim,))
-    shapes |= dict(rewards=(), masks=(), terminals=())
-    rows = {k: jnp.zeros((capacity, *shape)) for k, shape in shapes.items()}
-    return dict(rows=rows, added=jnp.zeros((), jnp.int32))
-
-
-def insert(replay, new_rows):
-    """Write E rows (dict of (E, ...)) at the ring's pointer; the capacity is a multiple of E."""
-    num_rows = new_rows["rewards"].shape[0]
-    start = replay["added"] % replay["rows"]["rewards"].shape[0]
-
-    def write(ring, new):
-        return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), start, axis=0)
-
-    rows = jax.tree.map(write, replay["rows"], new_rows)
-    return dict(rows=rows, added=replay["added"] + num_rows)
-
-
-# ==== end shared: replay ====
-
-
 def sample(key, data, replay, batch_size, n, gamma, buffer_size, stride=1, balanced=False):
     """Batch of obs, actions, returns, discounts, next_obs, i.i.d. with replacement.
 
@@ -1250,431 +1527,211 @@ def sample(key, data, replay, batch_size, n, gamma, buffer_size, stride=1, balan
     return {k: pick(new[k], data[k][offline_index]) for k in new}
 
 
-# ---- multi-crescent, the paper's toy task ----
-ANGLES = np.arange(6) * np.pi / 3
-CENTRES = np.stack([np.cos(ANGLES), np.sin(ANGLES)], -1)
-OFFSETS = np.array([(0.2828, 0), (0.2, 0.2), (-0.2, 0.2), (-0.2828, 0), (-0.2, -0.2), (0.2, -0.2)])
-VALUES = np.array([10.0, 15.0, 5.0, 10.0, 15.0, 5.0])
+# ==== shared: replay ====
+def make_replay(capacity, obs_dim, act_dim):
+    """Empty ring of online rows; `added` counts all rows ever written."""
+    shapes = dict(obs=(obs_dim,), next_obs=(obs_dim,), actions=(act_dim,))
+    shapes |= dict(rewards=(), masks=(), terminals=())
+    rows = {k: jnp.zeros((capacity, *shape)) for k, shape in shapes.items()}
+    return dict(rows=rows, added=jnp.zeros((), jnp.int32))
 
 
-def crescent_value(points):
-    """Value of the crescent that contains each point (they never overlap), 0 outside of all."""
-    points = jnp.asarray(points)[..., None, :]
-    in_disc = jnp.linalg.norm(points - CENTRES, axis=-1) < 0.4
-    in_bite = jnp.linalg.norm(points - CENTRES - OFFSETS, axis=-1) <= 0.4
-    return jnp.where(in_disc & ~in_bite, VALUES, 0.0).max(-1)
+def insert(replay, new_rows):
+    """Write E rows (dict of (E, ...)) at the ring's pointer; the capacity is a multiple of E."""
+    num_rows = new_rows["rewards"].shape[0]
+    start = replay["added"] % replay["rows"]["rewards"].shape[0]
+
+    def write(ring, new):
+        return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), start, axis=0)
+
+    rows = jax.tree.map(write, replay["rows"], new_rows)
+    return dict(rows=rows, added=replay["added"] + num_rows)
 
 
-def crescent_reward(action):
-    return crescent_value(jnp.clip(action, -1, 1))
+# ==== end shared: replay ====
 
 
-class MultiCrescentState(NamedTuple):
-    value: jax.Array  # reward of the last transition
-    done: jax.Array
+# ==== shared: online ====
+class Play(NamedTuple):
+    """How a script collects and learns online: a block of steps, then its updates."""
+
+    act: Callable  # (state, obs (E, D), time) -> chunks (E, H, A), played without looking
+    learn: Callable | None  # (carry, *inputs) -> carry: all updates of a block; None: warm-up
+    steps: int = 1  # steps of all environments in a block
+    horizon: int = 1  # H
+    sparse: bool = False  # every reward but 0 becomes -1
+    count: bool = True  # the episodes' returns are the policy's own
+    learn_first: bool = True  # official environments: learn while they take the block's first step
 
 
-class MultiCrescent(FuncEnv):
-    """GSFlow's toy: a one-step bandit whose rewards lie on six thin crescents on a circle.
+def repeat(learn, n):
+    """n updates, one after another, as one function."""
 
-    10 is the best reward in the dataset (right and left), 15 (top right, bottom left) is not in it.
+    def learn_block(carry, *inputs):
+        def body(_, part):  # without the replay, which they only read
+            after = learn(carry | part, *inputs)
+            return {k: after[k] for k in part}
+
+        return carry | jax.lax.fori_loop(0, n, body, {k: carry[k] for k in ("state", "sums")})
+
+    return learn_block
+
+
+def remember(carry, obs, actions, out, play):
+    """Put one step of all environments into the replay and note the episodes that ended."""
+    done = out["terminated"] | out["truncated"]
+    reward = -(out["reward"] != 0).astype(jnp.float32) if play.sparse else out["reward"]
+    rows = dict(obs=obs, actions=actions, rewards=reward, next_obs=out["next_obs"])
+    rows |= dict(masks=1.0 - out["terminated"], terminals=done)
+    returns, sums, recent = carry["returns"] + out["reward"], carry["sums"], carry["recent"]
+    if play.count:
+        ended = {"episodes": done, "success": done * out["success"], "return": done * returns}
+        sums = sums | {k: sums[k] + v.astype(jnp.float32).sum() for k, v in ended.items()}
+        recent = jnp.concatenate([jnp.where(done, returns, jnp.nan), recent])
+        recent = recent[jnp.argsort(jnp.isnan(recent))][: carry["recent"].size]  # newest first
+    replay, returns = insert(carry["replay"], rows), jnp.where(done, 0.0, returns)
+    return carry | dict(replay=replay, returns=returns, sums=sums, recent=recent)
+
+
+def interact(env, play):
+    """(carry, *inputs) -> carry: one block on a JAX environment."""
+
+    def env_step(_, carry):
+        state, envs, time = carry["state"], carry["envs"], carry["replay"]["added"]
+        obs, taken = observe(env, envs["state"]), envs["taken"]
+        chunks = envs["chunks"]
+        if play.horizon == 1:
+            chunks = play.act(state, obs, time)
+        else:  # open loop: a new chunk where the last one is used up
+            new = lambda: play.act(state, obs, time)
+            new = jax.lax.cond((taken == 0).any(), new, lambda: chunks)
+            chunks = jnp.where((taken == 0)[:, None, None], new, chunks)
+        actions = chunks[jnp.arange(len(taken)), taken]
+        key = purpose_key(state.seed, "env", time)
+        env_state, out = step_envs(env, envs["state"], actions, key)
+        taken = (taken + 1) % play.horizon * ~(out["terminated"] | out["truncated"])
+        carry = remember(carry, obs, actions, out, play)
+        return carry | {"envs": dict(state=env_state, chunks=chunks, taken=taken)}
+
+    def block(carry, *inputs):
+        carry = jax.lax.fori_loop(0, play.steps, env_step, carry)
+        return play.learn(carry, *inputs) if play.learn else carry
+
+    return block
+
+
+class HostLoop:
+    """Blocks on official environments, E per seed: advance(carry, n) -> carry.
+
+    The simulators take a step while the device makes the updates of a block, which see the rows
+    before that step (`learn_first`); else the updates come after the block's last step.
     """
 
-    max_episode_steps = 1
-
-    def __init__(self):
-        super().__init__()
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
-
-    def initial(self, rng: Any, params: Any = None) -> MultiCrescentState:
-        return MultiCrescentState(jnp.zeros(()), jnp.asarray(False))
-
-    def transition(self, state, action, rng=None, params=None) -> MultiCrescentState:
-        return MultiCrescentState(crescent_reward(action), jnp.asarray(True))
-
-    def observation(self, state, rng=None, params=None):
-        return jnp.zeros(2)
-
-    def reward(self, state, action, next_state, rng=None, params=None):
-        return next_state.value
-
-    def terminal(self, state, rng=None, params=None):
-        return state.done
-
-    def success(self, state):
-        return state.value >= 10
-
-
-def crescent_dataset(seed: int) -> dict:
-    """Points scattered around the four crescents worth 5 and 10, kept where they hit a crescent."""
-    rng = np.random.default_rng(seed)
-    centres = CENTRES[[0, 2, 3, 5]]
-    points = (centres[:, None] + np.sqrt(0.02) * rng.standard_normal((4, 500, 2))).reshape(-1, 2)
-    kept = rng.permutation(points[np.asarray(crescent_value(points)) > 0])
-    rewards = np.asarray(crescent_reward(kept), np.float32)
-    zeros, ones = np.zeros((len(kept), 2), np.float32), np.ones(len(kept), np.float32)
-    return dict(
-        observations=zeros,
-        actions=np.clip(kept, -(1 - 1e-5), 1 - 1e-5).astype(np.float32),
-        rewards=rewards,
-        masks=1 - ones,
-        terminals=ones,
-        next_observations=zeros.copy(),
-    )
-
-
-# ---- networks ----
-class MLP(nn.Module):
-    """Dense layers with activation (then LayerNorm, if asked for) and a linear head."""
-
-    hidden_dims: tuple[int, ...]
-    out_dim: int
-    layer_norm: bool = False
-    activation: Callable = nn.gelu  # the tanh form
-    kernel_init: Callable = nn.initializers.glorot_uniform()
-    bias_init: Callable = nn.initializers.zeros
-
-    @nn.compact
-    def __call__(self, *inputs):
-        x = jnp.concatenate(inputs, axis=-1)
-        for width in self.hidden_dims:
-            x = self.activation(nn.Dense(width, kernel_init=self.kernel_init)(x))
-            x = nn.LayerNorm()(x) if self.layer_norm else x
-        return nn.Dense(self.out_dim, kernel_init=self.kernel_init)(x) if self.out_dim else x
-
-
-class Critic(nn.Module):
-    """Two independent Q functions with stacked parameters: (obs, action) -> (2, B)."""
-
-    hidden_dims: tuple[int, ...]
-    layer_norm: bool
-
-    @nn.compact
-    def __call__(self, obs, actions):
-        members = nn.vmap(
-            MLP,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            out_axes=0,
-            axis_size=2,
-        )
-        return members(self.hidden_dims, 1, self.layer_norm)(obs, actions).squeeze(-1)
-
-
-class GaussianStudent(nn.Module):
-    """(obs, noise) -> mean and clipped log standard deviation of the action before tanh."""
-
-    hidden_dims: tuple[int, ...]
-    act_dim: int
-    layer_norm: bool
-    head_scale: float
-    log_std_min: float
-    log_std_max: float
-
-    @nn.compact
-    def __call__(self, obs, noise):
-        x = MLP(self.hidden_dims, 0, self.layer_norm)(obs, noise)
-        init = nn.initializers.variance_scaling(self.head_scale, "fan_avg", "uniform")
-        mu = nn.Dense(self.act_dim, kernel_init=init)(x)
-        log_std = nn.Dense(self.act_dim, kernel_init=init)(x)
-        return mu, jnp.clip(log_std, self.log_std_min, self.log_std_max)
-
-
-class Encoder(nn.Module):
-    """(obs, noise) -> mean and log standard deviation of the latent."""
-
-    hidden_dims: tuple[int, ...]
-    latent_dim: int
-
-    @nn.compact
-    def __call__(self, obs, noise):
-        init = nn.initializers.lecun_normal()
-        out = MLP(self.hidden_dims, 2 * self.latent_dim, False, nn.relu, init)(obs, noise)
-        return jnp.split(out, 2, axis=-1)
-
-
-class Networks(NamedTuple):
-    """The method's functions of (params, inputs); tests put hand-made ones in their place."""
-
-    critic: Callable  # (params, obs, action) -> (2, B)
-    velocity: Callable  # (params, obs, x_t, t (B, 1)) -> (B, A)
-    student: Callable  # (params, obs, x) -> (mu, log_std), each (B, A); deterministic: mu alone
-    encoder: Callable | None = None  # (params, obs, x) -> (mean, log_std), each (B, L)
-    decoder: Callable | None = None  # (params, obs, z) -> x (B, A)
-
-
-def make_modules(args, act_dim):
-    """Flax modules of the settings in `args`; only those that these settings train."""
-    actor = (args.actor_hidden_dims, act_dim, args.actor_layer_norm)
-    modules = dict(
-        critic=Critic(args.critic_hidden_dims, args.critic_layer_norm),
-        velocity=MLP(*actor),
-        student=MLP(*actor),
-    )
-    if args.student == "gaussian":
-        clip = (args.log_std_min, args.log_std_max)
-        modules["student"] = GaussianStudent(*actor, args.student_head_scale, *clip)
-    if args.prior == "cvae":
-        init = nn.initializers.lecun_normal()
-        modules["encoder"] = Encoder(args.prior_hidden_dims, args.latent_dim)
-        modules["decoder"] = MLP(args.prior_hidden_dims, act_dim, False, nn.relu, init)
-    return modules
-
-
-def make_networks(args, act_dim):
-    """The modules as plain functions."""
-    return Networks(**{k: m.apply for k, m in make_modules(args, act_dim).items()})
-
-
-def init_params(args, obs_dim, act_dim, key):
-    """Trainable parameters, one entry per group: critic, velocity, student, ..."""
-    obs, action = jnp.zeros((1, obs_dim)), jnp.zeros((1, act_dim))
-    inputs = dict(
-        critic=(obs, action),
-        velocity=(obs, action, jnp.zeros((1, 1))),
-        student=(obs, action),
-        encoder=(obs, action),
-        decoder=(obs, jnp.zeros((1, args.latent_dim))),
-    )
-    modules = make_modules(args, act_dim)
-    keys = jax.random.split(key, len(modules))
-    params = {n: m.init(k, *inputs[n]) for (n, m), k in zip(modules.items(), keys, strict=True)}
-    if args.student == "gaussian":
-        params["log_temperature"] = jnp.log(jnp.float32(args.init_temperature))
-    return params
-
-
-# ---- the method: sampling ----
-def squashed_sample(mu, log_std, temperature, key):
-    """u = mu + T sigma eps -> (action tanh(u), u). T = 0 gives the mode."""
-    u = mu + temperature * jnp.exp(log_std) * jax.random.normal(key, mu.shape)
-    return jnp.tanh(u), u
-
-
-def squashed_log_prob(u, mu, log_std):
-    """log pi of a = tanh(u), summed over action dimensions, stable for any u: (..., A) -> (...)."""
-    gaussian = -0.5 * ((u - mu) * jnp.exp(-log_std)) ** 2 - log_std - 0.5 * jnp.log(2 * jnp.pi)
-    return (gaussian - 2 * (jnp.log(2.0) - u - jax.nn.softplus(-2 * u))).sum(axis=-1)
-
-
-def sample_prior(params, nets, obs, act_dim, latent_dim, key):
-    """Noise for teacher and student: decoded latents, or N(0, I) where there is no decoder."""
-    if nets.decoder is None:
-        return jax.random.normal(key, (*obs.shape[:-1], act_dim))
-    z = jax.random.normal(key, (*obs.shape[:-1], latent_dim))
-    return nets.decoder(params["decoder"], obs, z)
-
-
-def sample_action(params, nets, args, obs, x, temperature, key):
-    """One action per row and its log-probability (None for the deterministic student)."""
-    if args.student == "deterministic":
-        return jnp.clip(nets.student(params["student"], obs, x), -1, 1), None
-    mu, log_std = nets.student(params["student"], obs, x)
-    action, u = squashed_sample(mu, log_std, temperature, key)
-    # the density is that of T * sigma; at T = 0 there is none, and nothing may use it
-    log_prob = squashed_log_prob(u, mu, log_std + jnp.log(jnp.maximum(temperature, 1e-8)))
-    return jnp.clip(action, -1, 1), log_prob
-
-
-def flow_endpoint(params, nets, obs, x, flow_steps):
-    """Teacher's map F(s, x): Euler steps at t = 0, 1/K, ..., clipped once at the end."""
-
-    def euler_step(x, k):
-        t = jnp.full((*x.shape[:-1], 1), k / flow_steps)
-        return x + nets.velocity(params["velocity"], obs, x, t) / flow_steps, None
-
-    x, _ = jax.lax.scan(euler_step, x, jnp.arange(flow_steps))
-    return jnp.clip(x, -1, 1)
-
-
-def aggregate(q, how):
-    """Join the two critics' values: (2, ...) -> (...)."""
-    return q.min(axis=0) if how == "min" else q.mean(axis=0)
-
-
-def select_noise(params, nets, obs, noises, actions, how):
-    """Among candidates (N, B, A), the noise (B, A) whose action the critic likes best."""
-    obs = jnp.broadcast_to(obs, (noises.shape[0], *obs.shape))
-    q = aggregate(nets.critic(params["critic"], obs, actions), how)
-    best = q.argmax(axis=0)  # the first one on ties
-    return jnp.take_along_axis(noises, best[None, :, None], axis=0)[0]
-
-
-# ---- the method: losses ----
-def critic_loss(params, nets, batch, target):
-    """Mean squared TD error against the fixed target (B,)."""
-    q = nets.critic(params["critic"], batch["obs"], batch["actions"])
-    loss = jnp.mean((q - target) ** 2)
-    return loss, {"critic_loss": loss, "q": q.mean(), "td_target": target.mean()}
-
-
-def flow_loss(params, nets, batch, x0, t):
-    """Teacher: flow matching on straight paths from N(0, I) to the data; t is (B, 1)."""
-    x_t = (1 - t) * x0 + t * batch["actions"]
-    velocity = nets.velocity(params["velocity"], batch["obs"], x_t, t)
-    loss = jnp.mean((velocity - (batch["actions"] - x0)) ** 2)
-    return loss, {"flow_loss": loss}
-
-
-def prior_loss(params, nets, args, batch, x_adv, latent_noise):
-    """Q-guided prior: CVAE that reproduces the noise the critic chose."""
-    mean, log_std = nets.encoder(params["encoder"], batch["obs"], x_adv)
-    z = mean + jnp.exp(log_std) * latent_noise
-    x_rec = nets.decoder(params["decoder"], batch["obs"], z)
-    recon = jnp.mean((x_rec - x_adv) ** 2)
-    kl = -0.5 * jnp.mean(1 + 2 * log_std - mean**2 - jnp.exp(2 * log_std))
-    loss = args.recon_weight * recon + args.kl_weight * kl
-    return loss, {"prior_loss": loss, "prior_recon": recon, "prior_kl": kl}
-
-
-def student_loss(params, nets, args, batch, x, teacher_action, alpha, key):
-    """Distillation to the teacher, up the critic, entropy; one noise x for all three."""
-    frozen = jax.lax.stop_gradient(params)
-    obs = batch["obs"]
-    if args.student == "gaussian":
-        mu, log_std = nets.student(params["student"], obs, x)
-        action, u = squashed_sample(mu, log_std, 1.0, key)
-        log_prob = squashed_log_prob(u, mu, log_std)
-        distill = jnp.mean((jnp.tanh(mu) - teacher_action) ** 2)  # the mode, not the sample
-        entropy_term = jnp.exp(frozen["log_temperature"]) * log_prob.mean()
-        info = {"entropy": -log_prob.mean(), "student_std": jnp.exp(log_std).mean()}
-    else:
-        action = nets.student(params["student"], obs, x)
-        distill = jnp.mean((action - teacher_action) ** 2)  # before the clip
-        entropy_term, info = 0.0, {}
-    q = nets.critic(frozen["critic"], obs, jnp.clip(action, -1, 1))
-    q_term = -q.mean()  # always the mean of both critics
-    if args.normalize_q_loss:
-        q_term = q_term / jax.lax.stop_gradient(jnp.abs(q.mean(axis=0)).mean())
-    loss = alpha * distill + q_term + entropy_term
-    return loss, {"student_loss": loss, "distill_loss": distill, "student_q": q.mean(), **info}
-
-
-def temperature_loss(params, entropy, target_entropy):
-    """Raise alpha2 while the entropy is below its target, lower it above."""
-    temperature = jnp.exp(params["log_temperature"])
-    loss = temperature * jax.lax.stop_gradient(entropy - target_entropy)
-    return loss, {"temperature_loss": loss, "temperature": temperature}
-
-
-# ---- the method: one update ----
-@flax.struct.dataclass
-class TrainState:
-    """Everything that training changes. Keys are functions of (seed, step), so none is stored."""
-
-    params: Any
-    target_critic: Any
-    opt_state: Any
-    obs_mean: jax.Array
-    obs_std: jax.Array
-    seed: jax.Array
-    step: jax.Array
-
-
-class PhaseSettings(NamedTuple):
-    """What differs between the phases; traced, so that a switch recompiles nothing."""
-
-    alpha: jax.Array
-    td_temperature: jax.Array
-
-
-def optimizer(args):
-    """Adam without clipping, decay or schedule."""
-    return optax.adam(args.learning_rate)
-
-
-def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
-    """Fresh state of one seed."""
-    params = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
-    return TrainState(
-        params=params,
-        target_critic=params["critic"],
-        opt_state=optimizer(args).init(params),
-        obs_mean=obs_mean,
-        obs_std=obs_std,
-        seed=seed,
-        step=jnp.zeros((), jnp.int32),
-    )
-
-
-DRAWS = ("td_prior", "td_action", "flow_noise", "flow_time", "student_prior", "student_action")
-DRAWS += ("candidates", "latent")
-
-
-def update(state, batch, key, settings, nets, args):
-    """One joint step of critic, teacher, prior, student and temperature, then the target critic.
-
-    batch: obs, next_obs (B, D), actions (B, A), returns, discounts (B,); see `sample`.
-    """
-    keys = dict(zip(DRAWS, jax.random.split(key, len(DRAWS)), strict=True))
-    params = state.params
-    obs, next_obs = batch["obs"], batch["next_obs"]
-    shape = batch["actions"].shape
-    noise_args = (shape[-1], args.latent_dim)
-
-    # TD target: current student and decoder, target critic
-    x_next = sample_prior(params, nets, next_obs, *noise_args, keys["td_prior"])
-    next_action, next_log_prob = sample_action(
-        params, nets, args, next_obs, x_next, settings.td_temperature, keys["td_action"]
-    )
-    next_q = aggregate(nets.critic(state.target_critic, next_obs, next_action), args.q_agg)
-    if args.soft_backup:
-        next_q -= jnp.exp(params["log_temperature"]) * next_log_prob
-    target = batch["returns"] + batch["discounts"] * next_q
-
-    # Teacher's actions for the student's noise and for the candidates: one chain of Euler steps
-    x = sample_prior(params, nets, obs, *noise_args, keys["student_prior"])
-    if args.prior == "cvae":
-        candidates = jax.random.normal(keys["candidates"], (args.num_candidates, *shape))
-        noises = jnp.concatenate([x[None], candidates])
-        stacked_obs = jnp.broadcast_to(obs, (*noises.shape[:2], obs.shape[-1]))
-        actions = flow_endpoint(params, nets, stacked_obs, noises, args.flow_steps)
-        teacher_action = actions[0]
-        x_adv = select_noise(params, nets, obs, candidates, actions[1:], args.candidate_q_agg)
-    else:
-        teacher_action = flow_endpoint(params, nets, obs, x, args.flow_steps)
-
-    def total_loss(params):
-        x0 = jax.random.normal(keys["flow_noise"], shape)
-        t = jax.random.uniform(keys["flow_time"], (shape[0], 1))
-        losses = [
-            critic_loss(params, nets, batch, target),
-            flow_loss(params, nets, batch, x0, t),
-            student_loss(
-                params, nets, args, batch, x, teacher_action, settings.alpha, keys["student_action"]
-            ),
-        ]
-        if args.student == "gaussian":
-            losses += [temperature_loss(params, losses[2][1]["entropy"], args.target_entropy)]
-        if args.prior == "cvae":
-            latent_noise = jax.random.normal(keys["latent"], (shape[0], args.latent_dim))
-            losses += [prior_loss(params, nets, args, batch, x_adv, latent_noise)]
-        info = functools.reduce(lambda a, b: a | b, (info for _, info in losses))
-        return sum(loss for loss, _ in losses), info
-
-    grads, info = jax.grad(total_loss, has_aux=True)(params)
-    updates, opt_state = optimizer(args).update(grads, state.opt_state, params)
-    params = optax.apply_updates(params, updates)
-    target_critic = optax.incremental_update(params["critic"], state.target_critic, args.tau)
-    state = state.replace(
-        params=params, target_critic=target_critic, opt_state=opt_state, step=state.step + 1
-    )
-    return state, info
-
-
-def policy(state, obs, key, temperature, nets, args, act_dim):
-    """act(s; T) for one raw observation (D,) -> action (A,)."""
-    prior_key, action_key = jax.random.split(key)
-    obs = (obs - state.obs_mean) / state.obs_std
-    x = sample_prior(state.params, nets, obs, act_dim, args.latent_dim, prior_key)
-    return sample_action(state.params, nets, args, obs, x, temperature, action_key)[0]
+    def __init__(self, make_envs, play, args, inputs):
+        self.make_envs, self.play, self.args = make_envs, play, args
+        self.act = jax.jit(jax.vmap(play.act))
+        self.learn = Program(play.learn or (lambda carry, *_: carry), *inputs)
+        keep = functools.partial(remember, play=play)
+        self.remember = jax.jit(jax.vmap(keep), donate_argnums=0)
+
+    @property
+    def seconds(self):
+        return self.learn.seconds
+
+    def restart(self, carry):
+        """Begin new episodes whose seeds depend on the step alone, so that a run that goes on from
+        a checkpoint equals one that was never interrupted."""
+        args, time = self.args, int(carry["replay"]["added"][0])
+        shape = (args.num_seeds, args.num_envs)
+        ids = [(args.seed + s, time, e) for s, e in np.ndindex(shape)]
+        seeds = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
+        self.envs = self.make_envs()
+        self.obs = self.envs.reset(seed=seeds)[0].astype(np.float32).reshape(*shape, -1)
+        self.taken, self.chunks = np.zeros(shape, int), 0.0
+        # what was under way ends here: no window may join it with what comes
+        rows, size = carry["replay"]["rows"], carry["replay"]["rows"]["terminals"].shape[1]
+        newest = (time - 1 - np.arange(args.num_envs)) % size
+        terminals = rows["terminals"].at[:, newest].set(1.0)  # before the first row: never read
+        replay = carry["replay"] | {"rows": rows | {"terminals": terminals}}
+        return carry | {"replay": replay, "returns": jnp.zeros_like(carry["returns"])}
+
+    def __call__(self, carry, n):
+        play = self.play
+        for i in range(n * play.steps):
+            if (due := self.taken == 0).any():
+                new = self.act(carry["state"], self.obs, carry["replay"]["added"])
+                self.chunks = np.where(due[..., None, None], np.asarray(new), self.chunks)
+            taken = self.taken[..., None, None]
+            actions = np.take_along_axis(self.chunks, taken, axis=2)[:, :, 0]
+            self.envs.step_async(actions.reshape(self.envs.num_envs, -1))
+            if play.learn and play.learn_first and i % play.steps == 0:
+                carry = self.learn(carry, 1)  # returns before it is done
+            obs, out = self.obs, self.outcome()
+            part = {k: carry[k] for k in ("replay", "returns", "sums", "recent")}
+            carry = carry | self.remember(part, obs, actions, out)
+            ended = out["terminated"] | out["truncated"]
+            self.taken = np.where(ended, 0, (self.taken + 1) % play.horizon)
+            if play.learn and not play.learn_first and (i + 1) % play.steps == 0:
+                carry = self.learn(carry, 1)
+        return carry
+
+    def outcome(self):
+        """Wait for the simulators; what `step_envs` returns of a step, each (S, E, ...)."""
+        obs, reward, terminated, truncated, info = self.envs.step_wait()
+        obs = obs.astype(np.float32)
+        next_obs, success = obs.copy(), np.zeros(len(reward), np.float32)
+        for i in np.flatnonzero(terminated | truncated):  # there, obs already starts an episode
+            next_obs[i] = info["final_obs"][i]
+            if "success" in info["final_info"]:
+                success[i] = info["final_info"]["success"][i]
+        shape, self.obs = self.obs.shape, obs.reshape(self.obs.shape)
+        out = dict(reward=reward.astype(np.float32), success=success, next_obs=next_obs)
+        out |= dict(terminated=terminated, truncated=truncated & ~terminated)
+        return {k: v.reshape(*shape[:2], *v.shape[1:]) for k, v in out.items()}
+
+
+def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm_up_steps=0):
+    """The online phase on JAX environments (`env`) or official ones (None); before it, if asked
+    for, one without updates. `rows`: the replay's; `sizes`: of observation and action."""
+    num_envs, start = args.num_envs, args.offline_steps
+    same_step = gymnasium.vector.AutoresetMode.SAME_STEP
+    count = args.num_seeds * num_envs
+    make_envs = functools.cache(lambda: make_host_envs(task, args, count, same_step))
+
+    def begin(seed):
+        new = dict(replay=make_replay(rows - rows % num_envs, *sizes))
+        new |= dict(returns=jnp.zeros(num_envs), recent=jnp.full(20, jnp.nan))
+        if env is not None:  # the 1 keeps this key apart from that of the first step
+            env_state = reset_envs(env, purpose_key(seed, "env", 0, 1), num_envs)
+            chunks = jnp.zeros((num_envs, play.horizon, sizes[1]))
+            new["envs"] = dict(state=env_state, chunks=chunks, taken=jnp.zeros(num_envs, jnp.int32))
+        return new
+
+    def phase(name, start, end, play):
+        host = HostLoop(make_envs, play, args, inputs) if env is None else None
+
+        def enter(carry):
+            if "replay" not in carry:
+                new = jax.jit(jax.vmap(begin))(carry["state"].seed)
+                carry = carry | place(new, args.num_seeds)
+            return host.restart(carry) if host else carry
+
+        advance = host or Program(interact(env, play), *inputs)
+        stride, restart = num_envs * play.steps, host.restart if host else None
+        return Phase(name, start, end, advance, enter, stride, restart)
+
+    middle, end = start + min(warm_up_steps, args.online_steps), start + args.online_steps
+    phases = [phase("warm-up", start, middle, warm_up)] if middle > start else []
+    return [*phases, *([phase("online", middle, end, play)] if end > middle else [])]
+
+
+# ==== end shared: online ====
 
 
 # ==== shared: runs ====
 PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
+REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}
 FREE_ON_RESUME = ("offline_steps", "online_steps", "eval_interval", "eval_episodes")
 FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate")
 # FREE_ALSO, a script's own, are free until its online phase has begun; with --evaluate env_backend
@@ -1732,23 +1789,21 @@ class Program:
         return self.executable(carry, n, *self.inputs)
 
 
-def zero_sums(metrics):
-    """Running sums of an update's metrics and of finished episodes, for one seed."""
-    zeros = {k: jnp.zeros(()) for k in ("count", "episodes", "return", "success")}
-    return zeros | {"train": {k: jnp.zeros(()) for k in metrics}}
+def zero_sums(learn, carry, *inputs):
+    """Sums of metrics before the first update, for all seeds; `carry` is what `learn` needs."""
+    one = jax.tree.map(lambda x: x[0], carry)
+    seeds = len(carry["state"].seed)
+    shapes = jax.eval_shape(learn, one, *inputs)["sums"]
+    return place(jax.tree.map(lambda s: jnp.zeros((seeds, *s.shape), s.dtype), shapes), seeds)
 
 
-def add_sums(sums, metrics):
-    """Add one update's metrics; the sums are fetched once per dispatch."""
-    train = jax.tree.map(jnp.add, sums["train"], metrics)
-    return sums | {"train": train, "count": sums["count"] + 1}
-
-
-def add_episodes(sums, returns, done, success):
-    """Add the episodes that ended in the online phase; returns, done, success are (E,)."""
-    done = done.astype(jnp.float32)
-    ended = {"episodes": done, "success": done * success, "return": done * returns}
-    return sums | {k: sums[k] + v.sum() for k, v in ended.items()}
+def add_sums(sums, metrics, updates=1):
+    """Add one update's metrics (None: start with them); fetched once per dispatch."""
+    if sums is None:
+        sums = {k: jnp.zeros(()) for k in ("count", "episodes", "return", "success")}
+        sums["train"] = {k: jnp.zeros(()) for k in metrics}
+    train = {k: v + updates * metrics.get(k, 0.0) for k, v in sums["train"].items()}
+    return sums | {"train": train, "count": sums["count"] + updates}
 
 
 def write_file(path, content, keep_previous=False):
@@ -1765,7 +1820,8 @@ def write_file(path, content, keep_previous=False):
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path}: {e.strerror}; free some space, then --resume {path.parent}"
+            f"cannot write {path}: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
+            f"--resume {shlex.quote(str(path.parent))}"
         ) from e
 
 
@@ -1789,23 +1845,28 @@ def load_checkpoint(run_dir):
             stored = flax.serialization.msgpack_restore(body)
             return stored["carry"], json.loads(stored["facts"])
         print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
-    raise UserError(f"no intact checkpoint in {run_dir}: give the directory of a run")
+    raise UserError(
+        f"no intact checkpoint in {run_dir}; if it is a run stopped before its first, start anew"
+    )
 
 
 def restore(template, tree, run_dir):
     """Put a loaded checkpoint into the structure, shapes and device layout of `template`.
 
-    A replay's ring may have become longer, for more online steps; it then has not wrapped yet.
+    A replay's ring may have become longer, for more online steps (it then has not wrapped yet), and
+    it stays as long as it was for fewer.
     """
 
     def lengthen(ring, longer):
         missing = max(0, longer.shape[1] - ring.shape[1])
         return np.pad(ring, [(0, 0), (0, missing), *[(0, 0)] * (ring.ndim - 2)])
 
+    layout = jax.tree.map(lambda x: x.sharding, template)
     try:
         if "replay" in tree and "replay" in template:
             rows = jax.tree.map(lengthen, tree["replay"]["rows"], template["replay"]["rows"])
             tree["replay"]["rows"] = rows
+            template = template | {"replay": template["replay"] | {"rows": rows}}
         loaded = flax.serialization.from_state_dict(template, tree)
         fits = jax.tree.map(
             lambda a, b: a.shape == b.shape and a.dtype == b.dtype, template, loaded
@@ -1814,7 +1875,29 @@ def restore(template, tree, run_dir):
             raise ValueError("shapes differ")
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"the checkpoint in {run_dir} does not fit its args.json: {e}") from e
-    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, template)
+    return jax.tree.map(jax.device_put, loaded, layout)
+
+
+def start_states(args, obs_dim, act_dim, mean, std):
+    """Fresh states of all seeds on the device(s)."""
+    seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
+    init = jax.vmap(lambda s, m, d: init_state(args, obs_dim, act_dim, m, d, s), (0, None, None))
+    return place(jax.jit(init)(seeds, mean, std), args.num_seeds)
+
+
+def resume(carry, phases, args):
+    """--resume: (the carry of the run's last checkpoint, its step); else the one given and 0."""
+    if not args.resume:
+        return carry, 0
+    tree, facts = load_checkpoint(args.resume)
+    step, end = facts["step"], phases[-1].end
+    if step > end or (step == end and (Path(args.resume) / "result.json").exists()):
+        raise UserError(
+            f"{args.resume} is complete at step {step:,}: give more steps or --evaluate"
+        )
+    phase = next(p for p in phases if step <= p.end)  # in which the checkpoint was made
+    carry = restore(phase.enter(carry), tree, args.resume)
+    return (phase.restart(carry) if phase.restart else carry), step
 
 
 def read_args(run_dir, argv, default):
@@ -1845,54 +1928,70 @@ def read_args(run_dir, argv, default):
 
 
 class Run:
-    """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json."""
+    """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json; and
+    what the training loop asks between dispatches."""
 
-    def __init__(self, args, task, dataset_source, data, policies, step=0):
+    def __init__(self, args, task, source, data, policies, step=0):
+        self.args, self.task, self.step, self.saved = args, task, step, step
         self.seeds = [args.seed + i for i in range(args.num_seeds)]
-        self.step, self.evals, self.csv, self.columns = step, [], None, None
+        self.evals, self.csv, self.columns, self.wandb = [], None, None, None
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
-        self.train_seconds, self.updates_per_s = 0.0, 0.0
+        self.train_seconds, self.updates_per_s, self.stop = 0.0, 0.0, StopSignal()
         packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "ogbench", "mujoco")
         commit, git = "", ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         if shutil.which("git"):
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         checksum = None  # of data from a file, which may be another one when the run is resumed
-        if dataset_source == "official" or ".npz" in dataset_source:
+        if data is not None and "in this script" not in source:
             names = ("observations", "actions", "rewards")
             checksum = functools.reduce(
                 lambda crc, k: zlib.crc32(np.ascontiguousarray(data[k]), crc), names, 0
             )
         self.facts = dict(
-            algo=ALGO,
-            task=task.name,
-            dataset_source=dataset_source,
-            dataset_crc32=checksum,
-            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            commit=commit or None,
+            algo=ALGO, task=task.name, dataset_source=source, dataset_crc32=checksum,
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}", commit=commit or None,
             versions={p: importlib.metadata.version(p) for p in packages},
             args=dataclasses.asdict(args),
-        )
-        if args.resume:
-            self.dir = Path(args.resume)
-            before = json.loads((self.dir / "args.json").read_text())
-            if before.get("dataset_crc32") != checksum:
-                raise UserError(
-                    f"{self.dir} was started on other data ({before.get('dataset_source')}): put "
-                    f"that file back, or start a new run"
-                )
-            self.cut_metrics()
-        else:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            name = task.name.removesuffix("-v0").replace("/", "-")
-            name = f"{name}__{ALGO}__{args.seed}__{stamp}"
-            self.dir = Path(args.out_dir) / name
+        )  # fmt: skip
+        self.resume() if args.resume else self.create()
+        self.write_json("args.json", self.facts)
+        self.header(data)
+
+    def create(self):
+        args, stamp = self.args, time.strftime("%Y%m%d-%H%M%S")
+        name = self.task.name.removesuffix("-v0").replace("/", "-")
+        self.dir = Path(args.out_dir) / f"{name}__{ALGO}__{args.seed}__{stamp}"
+        try:
             while self.dir.exists():
                 self.dir = self.dir.with_name(self.dir.name + "x")
-            try:
-                self.dir.mkdir(parents=True)
-            except OSError as e:
-                raise UserError(f"cannot create {self.dir}: {e.strerror}; choose --out-dir") from e
-        self.write_json("args.json", self.facts)
+            self.dir.mkdir(parents=True)
+        except (OSError, ValueError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise UserError(f"cannot create {self.dir}: {reason}; choose --out-dir") from e
+        self.lock()
+
+    def resume(self):
+        """Keep what args.json says of the start; drop the metrics after the checkpoint."""
+        self.dir = Path(self.args.resume)
+        self.lock()
+        before = json.loads((self.dir / "args.json").read_text())
+        if before.get("dataset_crc32") != self.facts["dataset_crc32"]:
+            raise UserError(
+                f"{self.dir} was started on other data ({before.get('dataset_source')}): put that "
+                f"file back, or start a new run"
+            )
+        now = {k: self.facts[k] for k in ("commit", "device", "versions")} | {"step": self.step}
+        resumes = [*before.get("resumes", []), now]
+        self.facts = before | {"args": self.facts["args"], "resumes": resumes}
+        self.cut_metrics()
+
+    def lock(self):
+        """Two processes must not write one run."""
+        self.lock_file = open(self.dir / ".lock", "w")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UserError(f"{self.dir} is in use by another process; wait for it to end") from e
 
     def write_json(self, name, content):
         write_file(self.dir / name, (json.dumps(content, indent=2) + "\n").encode())
@@ -1900,7 +1999,7 @@ class Run:
     def cut_metrics(self):
         """On resume, drop the rows after the checkpoint: they will be written again."""
         path = self.dir / "metrics.csv"
-        if not path.is_file():
+        if not path.is_file() or not path.stat().st_size:
             return
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
@@ -1912,30 +2011,6 @@ class Run:
         evals = [float(r[headline]) for r in rows if r[headline]]
         self.evals = np.reshape(evals, (-1, len(self.seeds))).tolist()
         self.train_seconds = float(rows[-1]["time/train_seconds"]) if rows else 0.0
-
-    def log(self, phase, values):
-        """One CSV row and TensorBoard point per seed; values are (num_seeds,) or scalars."""
-        try:
-            if self.csv is None:
-                from tensorboard.summary import Writer
-
-                self.columns = self.columns or ["step", "phase", "seed", *values]
-                self.csv = open(self.dir / "metrics.csv", "a", newline="")  # noqa: SIM115
-                self.writers = [Writer(str(self.dir / f"tb_seed{s}")) for s in self.seeds]
-            table = csv.DictWriter(self.csv, self.columns)
-            if self.csv.tell() == 0:
-                table.writeheader()
-            for i, seed in enumerate(self.seeds):
-                row = {k: float(np.broadcast_to(v, len(self.seeds))[i]) for k, v in values.items()}
-                row = {k: v for k, v in row.items() if not np.isnan(v)}  # nothing to report yet
-                table.writerow(dict(step=self.step, phase=phase, seed=seed, **row))
-                for name, value in row.items():
-                    self.writers[i].add_scalar(name, value, self.step)
-            self.csv.flush()
-        except OSError as e:
-            raise UserError(
-                f"cannot write metrics: {e.strerror}; free some space, then --resume {self.dir}"
-            ) from e
 
     def header(self, data):
         """Show what is about to run: the data, the machine and the resolved arguments."""
@@ -1949,6 +2024,137 @@ class Run:
             )
         fields = "  ".join(f"{k}={v}" for k, v in args.items() if v is not None)
         print(textwrap.fill(fields, 100, initial_indent="  ", subsequent_indent="  "), flush=True)
+
+    def begin(self, phase):
+        """A phase starts, or goes on after a resume."""
+        self.phase, self.quiet = phase, not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=phase.end, initial=self.step, desc=phase.name, unit="step", disable=self.quiet
+        )
+        self.rate, self.log_seconds, self.log_count = 8.0, 0.0, 0.0
+        self.compiled, self.said, self.before = (
+            phase.advance.seconds,
+            time.perf_counter(),
+            self.step,
+        )
+
+    def iterations(self):
+        """How many the next dispatch makes: about a second's, up to the next thing that is due."""
+        target = min([self.phase.end] + [(self.step // m + 1) * m for m in self.intervals()])
+        return max(1, min(-(-(target - self.step) // self.phase.stride), int(self.rate)))
+
+    def intervals(self):
+        return self.args.log_interval, self.args.eval_interval, self.args.checkpoint_interval
+
+    def note(self, n, sums, seconds):
+        """A dispatch of n iterations is done: time, bar or line; stop if the training diverged."""
+        phase = self.phase
+        compiling, self.compiled = phase.advance.seconds - self.compiled, phase.advance.seconds
+        if compiling:
+            tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
+        seconds -= compiling
+        self.before, self.step, self.rate = self.step, self.step + n * phase.stride, n / seconds
+        self.train_seconds, self.log_seconds = (
+            self.train_seconds + seconds,
+            self.log_seconds + seconds,
+        )
+        self.bar.update(self.step - self.before)
+        if self.quiet and time.perf_counter() - self.said > 10:  # no terminal: lines, not a bar
+            self.said, speed = time.perf_counter(), self.rate * phase.stride
+            eta = (phase.end - self.step) / speed
+            print(f"{phase.name} {self.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
+        broken = [k for k, v in sums["train"].items() if not np.isfinite(v).all()]
+        if broken:
+            rates = [k for k in vars(self.args) if k.endswith(("_lr", "learning_rate"))]
+            raise UserError(
+                f"training diverged before step {self.step:,}: {', '.join(broken)} not finite; "
+                f"step {self.saved:,} is the last good one in {self.dir}; try a lower "
+                + " or ".join("--" + rate.replace("_", "-") for rate in rates)
+            )
+
+    def due(self):
+        """Whether to log, to evaluate, to save."""
+        over = self.step >= self.phase.end
+        return [over or self.step // m > self.before // m for m in self.intervals()]
+
+    def averages(self, sums, carry):
+        """Metrics since the last log, one value per seed; what nothing is known of is NaN."""
+        count, episodes = np.asarray(sums["count"]), np.asarray(sums["episodes"])
+        mean = lambda total, n: np.where(n > 0, total / np.maximum(n, 1), np.nan)
+        self.updates_per_s = float(count.flat[0] / self.log_seconds)
+        values = {f"train/{k}": mean(v, count) for k, v in sums["train"].items()}
+        values |= {f"online/{k}": mean(sums[k], episodes) for k in ("return", "success")}
+        if "recent" in carry:  # the last episodes' returns, as many as there were
+            recent = np.asarray(carry["recent"])
+            values["charts/episodic_return"] = mean(
+                np.nansum(recent, axis=1), (~np.isnan(recent)).sum(axis=1)
+            )
+        values["time/updates_per_s"] = self.updates_per_s
+        values["time/train_seconds"] = self.train_seconds
+        values["time/compile_s"], self.log_seconds = self.phase.advance.seconds, 0.0
+        return values | {f"eval/{k}": np.nan for k in self.metrics}
+
+    def note_evaluation(self, results):
+        self.evals.append(results[self.metrics[0]].mean(axis=1).tolist())
+        tqdm.write(f"{self.phase.name} step {self.step:>9,}  {summary(results)}")
+        return {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
+
+    def log(self, values):
+        """One CSV row and TensorBoard point per seed; values are (num_seeds,) or scalars."""
+        try:
+            if self.csv is None:
+                self.open_logs(values)
+            table = csv.DictWriter(self.csv, self.columns, extrasaction="ignore")
+            if self.csv.tell() == 0:
+                table.writeheader()
+            for i, seed in enumerate(self.seeds):
+                row = {k: float(np.broadcast_to(v, len(self.seeds))[i]) for k, v in values.items()}
+                row = {k: v for k, v in row.items() if not np.isnan(v)}  # nothing to report yet
+                table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
+                for name, value in row.items():
+                    self.writers[i].add_scalar(name, value, self.step)
+                if self.wandb:
+                    self.wandb.log({f"{k}/seed{seed}": v for k, v in row.items()}, self.step)
+            self.csv.flush()
+        except OSError as e:
+            raise UserError(
+                f"cannot write metrics: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
+                f"--resume {self.quoted}"
+            ) from e
+
+    def open_logs(self, values):
+        from tensorboard.summary import Writer
+
+        names = ["step", "phase", "seed", *values]  # online runs know of more, later
+        names += [] if "charts/episodic_return" in values else ["charts/episodic_return"]
+        self.columns = self.columns or names
+        self.csv = open(self.dir / "metrics.csv", "a", newline="")
+        self.writers = [Writer(str(self.dir / f"tb_seed{s}")) for s in self.seeds]
+        if project := self.args.wandb_project:
+            import wandb
+
+            name = self.dir.name
+            self.wandb = wandb.init(project=project, id=name, config=self.facts, resume="allow")
+
+    @property
+    def quoted(self):
+        return shlex.quote(str(self.dir))
+
+    def save(self, carry):
+        save_checkpoint(self.dir, carry, dict(step=self.step))
+        self.saved = self.step
+
+    def leave(self):
+        """Ctrl-C or a signal: all is saved."""
+        self.bar.close()
+        print(f"stopped; --resume {self.quoted} continues at {self.saved:,}", file=sys.stderr)
+        raise SystemExit(128 + self.stop.number)
+
+    def end_phase(self, nets, state):
+        self.bar.close()
+        if draw := self.task.parts.get("after_phase"):
+            script = sys.modules[__name__]
+            ask(draw, self.dir, self.phase.name, script, nets, self.args, state)
 
     def finish(self, results):
         """Write result.json and print the same figures as the last line."""
@@ -1967,8 +2173,9 @@ class Run:
 
 
 def metric_names(task, policies):
-    """What one evaluation measures: success (where the task has it), return and length by mode."""
-    kinds = ("success", "return", "length") if task.success else ("return", "length")
+    """What one evaluation measures, by mode of acting: score and success where the task has them,
+    return, length."""
+    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
     return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
 
 
@@ -1983,12 +2190,12 @@ def summary(results):
 
 
 class StopSignal:
-    """First Ctrl-C or SIGTERM: finish the dispatch and checkpoint. Second: stop at once."""
+    """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
 
     def __init__(self):
         self.number = None
-        signal.signal(signal.SIGINT, self)
-        signal.signal(signal.SIGTERM, self)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self)
 
     def __call__(self, number, frame):
         if self.number is not None:
@@ -2003,96 +2210,10 @@ class Phase(NamedTuple):
     name: str
     start: int
     end: int
-    enter: Callable  # carry of the phase before -> carry of this one
     advance: Callable
+    enter: Callable = lambda carry: carry  # from the carry of the phase before
     stride: int = 1
     restart: Callable | None = None  # host environments begin new episodes at each checkpoint
-
-
-def train_loop(run, carry, phases, evaluate, args):
-    """Run the phases; log, evaluate and checkpoint between dispatches. Returns the last evaluation.
-
-    A dispatch lasts about a second, so that the bar moves and Ctrl-C is heard. What is computed and
-    logged does not depend on how long dispatches are.
-    """
-    intervals = (args.updates_per_dispatch, args.eval_interval, args.checkpoint_interval)
-    stop, saved = StopSignal(), run.step
-    if run.step >= phases[-1].end:
-        if (run.dir / "result.json").exists():
-            raise UserError(
-                f"{run.dir} is complete at step {run.step:,}: give more steps or --evaluate"
-            )
-        return evaluate(carry["state"], run.step)  # stopped between the last checkpoint and this
-
-    for phase in (p for p in phases if run.step < p.end):
-        if run.step == phase.start:
-            carry = phase.enter(carry)
-        quiet = not sys.stderr.isatty()
-        bar = tqdm(total=phase.end, initial=run.step, desc=phase.name, unit="step", disable=quiet)
-        rate, log_seconds, said = 8.0, 0.0, time.perf_counter()
-        while run.step < phase.end:
-            target = min([phase.end] + [(run.step // m + 1) * m for m in intervals])
-            n = max(1, min(-(-(target - run.step) // phase.stride), int(rate)))
-            compiled, start = phase.advance.seconds, time.perf_counter()
-            carry = phase.advance(carry, n)
-            sums = jax.device_get(carry["sums"])
-            compiling = phase.advance.seconds - compiled
-            if compiling:
-                tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
-            seconds = time.perf_counter() - start - compiling
-            before, run.step, rate = run.step, run.step + n * phase.stride, n / seconds
-            run.train_seconds, log_seconds = run.train_seconds + seconds, log_seconds + seconds
-            bar.update(run.step - before)
-            if quiet and time.perf_counter() - said > 10:  # not a terminal: lines, not a bar
-                said, speed = time.perf_counter(), rate * phase.stride
-                eta = (phase.end - run.step) / speed
-                print(f"{phase.name} {run.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
-            broken = [k for k, v in sums["train"].items() if not np.isfinite(v).all()]
-            if broken:
-                raise UserError(
-                    f"training diverged before step {run.step:,}: {', '.join(broken)} not finite; "
-                    f"step {saved:,} is the last good one in {run.dir}; try a lower --learning-rate"
-                )
-
-            log, evaluation, checkpoint = (
-                run.step // m > before // m or run.step >= phase.end for m in intervals
-            )
-            if log or evaluation:
-                count, episodes = np.maximum(sums["count"], 1), np.maximum(sums["episodes"], 1)
-                run.updates_per_s = float(sums["count"].flat[0] / log_seconds)
-                values = {f"train/{k}": v / count for k, v in sums["train"].items()}
-                for name in ("return", "success"):
-                    mean = np.where(sums["episodes"] > 0, sums[name] / episodes, np.nan)
-                    values[f"online/{name}"] = mean
-                values["time/updates_per_s"] = run.updates_per_s
-                values["time/train_seconds"] = run.train_seconds
-                values["time/compile_s"] = phase.advance.seconds
-                if "recent" in carry:  # the last episodes' returns, as many as there were
-                    recent = np.asarray(carry["recent"])
-                    known = np.maximum((~np.isnan(recent)).sum(axis=1), 1)
-                    mean = np.where(np.isnan(recent[:, 0]), np.nan, np.nansum(recent, 1) / known)
-                    values["charts/episodic_return"] = mean
-                values |= {f"eval/{k}": np.nan for k in run.metrics}
-                zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
-                carry, log_seconds = carry | {"sums": place(zeros, args.num_seeds)}, 0.0
-            if evaluation:
-                results = evaluate(carry["state"], run.step)
-                values |= {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
-                run.evals.append(results[run.metrics[0]].mean(axis=1).tolist())
-                tqdm.write(f"{phase.name} step {run.step:>9,}  {summary(results)}")
-            if log or evaluation:
-                run.log(phase.name, values)
-            stopping = stop.number is not None and run.step < phases[-1].end
-            if checkpoint or (stopping and phase.restart is None):
-                carry = phase.restart(carry) if phase.restart else carry
-                save_checkpoint(run.dir, carry, dict(step=run.step))
-                saved = run.step
-            if stopping:
-                bar.close()
-                print(f"stopped; --resume {run.dir} continues at {saved:,}", file=sys.stderr)
-                raise SystemExit(128 + stop.number)
-        bar.close()
-    return results
 
 
 def make_evaluate(task, env, policies, args):
@@ -2102,13 +2223,14 @@ def make_evaluate(task, env, policies, args):
     H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
     """
     seeds = [args.seed + i for i in range(args.num_seeds)]
-    slots = max(1, min(args.eval_episodes, (os.cpu_count() or 1) // args.num_seeds))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    slots = max(1, min(args.eval_episodes, (cores or 1) // args.num_seeds))
+    env = None if args.env_backend == "mjx" else env  # reported numbers are the official engine's
 
     @functools.cache  # made at the first evaluation and kept
     def host_envs():
         disabled = gymnasium.vector.AutoresetMode.DISABLED
-        timing = args.success_timing if task.dataset else None
-        return make_host_envs(task.gym_id, timing, slots * args.num_seeds, disabled)
+        return make_host_envs(task, args, slots * args.num_seeds, disabled)
 
     def run_jax(policy, state, step):
         key = purpose_key(state.seed, "eval", step)
@@ -2147,6 +2269,8 @@ def make_evaluate(task, env, policies, args):
         measured = {}
         for mode, run_episodes in modes.items():
             result = jax.device_get(run_episodes(state, step))
+            if score := task.parts.get("score"):
+                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
             measured |= {f"{k}_{mode}".rstrip("_"): v for k, v in result.items()}
         return {name: measured[name] for name in metric_names(task, policies)}
 
@@ -2175,22 +2299,50 @@ def check_numbers(args, unbounded=(), zero=()):
             continue
         may_be_0 = ("seed", "offline_steps", "online_steps", *zero)
         low = 0 if isinstance(value, float) or name in may_be_0 else 1
-        high = 1 if name in ("gamma", "tau") else np.inf
+        high = {"gamma": 1, "tau": 1, "seed": 2**31 - 1}.get(name, np.inf)
         if not low <= value <= high:
             bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
+    if args.seed + args.num_seeds > 2**31:
+        raise UserError("--seed plus --num-seeds must stay below 2^31")
 
 
-def command_line(run, args_type, argv=None):
-    """Parse the flags and call `run(args)`; what the user can mend is one sentence, exit code 2."""
+def fill(args, **values):
+    """Set those of `values` that no flag has set."""
+    unset = {k: v for k, v in values.items() if getattr(args, k) is None}
+    return dataclasses.replace(args, **unset)
+
+
+def task_table(task, defaults):
+    """What a task sets when no flag does: `defaults`, then the task's, then those of its file."""
+    family = next(prefix for prefix in TASK_DEFAULTS if task.base.startswith(prefix))
+    own = task.parts.get("defaults", {})
+    return defaults | TASK_DEFAULTS[family] | own.get("", {}) | own.get(ALGO, {})
+
+
+def own_flags(table):
+    """The part of a table that this script has flags for."""
+    return {k: v for k, v in table.items() if k in Args.__dataclass_fields__}
+
+
+def command_line(main, args_type, argv=None):
+    """Parse the flags, call `main(args)`; what the user can mend is one sentence, exit code 2."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress too
     try:
         args = tyro.cli(args_type, args=argv)
+        if "" in (args.resume, args.evaluate):
+            raise UserError("--resume and --evaluate need the directory of a run, but got ''")
         if args.resume or args.evaluate:
             args = read_args(args.resume or args.evaluate, argv, args_type())
-        run(args)
+        main(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except (jax.errors.JaxRuntimeError, MemoryError) as e:
+        if not any(word in str(e) for word in ("RESOURCE_EXHAUSTED", "ut of memory")):
+            raise
+        print(f"error: out of memory; fewer --num-seeds, smaller networks, --batch-size or "
+              f"--buffer-size ({str(e).splitlines()[0][:150]})", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted before training began; nothing was written", file=sys.stderr)
@@ -2198,28 +2350,41 @@ def command_line(run, args_type, argv=None):
     return 0
 
 
+def evaluate_only(args, task):
+    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
+    tree, facts = load_checkpoint(args.evaluate)
+    env = make_jax_env(task, args)
+    spaces = env or make_host_env(task, args.success_timing)
+    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
+    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
+    state = restore(state, tree["state"], args.evaluate)
+    policies = evaluation_policies(make_networks(args, act_dim), args)
+    results = make_evaluate(task, env, policies, args)(state, facts["step"])
+    print_evaluation(task, args, policies, facts["step"], results)
+    return results
+
+
 # ==== end shared: runs ====
 
 
-# ---- from flags to a run ----
-OTHER_TASKS = ("multi-crescent",)
+# ---- this script's flags ----
+JAX_ENVS = {}  # built-in environments beside the point mazes: name -> constructor
+FREE_ALSO = (  # flags that may still change when a run without online phase is resumed
+    "online_alpha", "online_td_temperature", "behavior_temperature", "utd", "num_envs",
+    "balanced_sampling", "buffer_size",
+)  # fmt: skip
+EVALUATION_FLAGS = ("eval_temperature",)  # flags that may change with --evaluate
 
 
 def resolve(args, task):
     """Fill what no flag set from the task table; refuse what is out of range or contradictory."""
-    family = next(prefix for prefix in TASK_DEFAULTS if task.base.startswith(prefix))
-    table = PAPER | TASK_DEFAULTS[family]
+    table = task_table(task, PAPER)
     if (args.prior, args.student) == ("gaussian", "deterministic"):
         online_alpha = table.get("fql_online_alpha", table["fql_alpha"])
         table["alpha"] = online_alpha if args.online_steps else table["fql_alpha"]
-    args = fill(args, env_id=task.name, **{k: v for k, v in table.items() if k in vars(args)})
-    args = fill(
-        args,
-        online_alpha=args.alpha,
-        critic_hidden_dims=args.hidden_dims,
-        actor_hidden_dims=args.hidden_dims,
-        checkpoint_interval=args.eval_interval,
-    )
+    args = fill(args, **own_flags(table))
+    hidden = args.hidden_dims
+    args = fill(args, online_alpha=args.alpha, critic_hidden_dims=hidden, actor_hidden_dims=hidden)
     check_numbers(args, unbounded=("log_std_min", "log_std_max", "target_entropy"))
     for name in ("critic_hidden_dims", "actor_hidden_dims", "prior_hidden_dims"):
         if min(getattr(args, name), default=0) < 1:
@@ -2242,302 +2407,8 @@ def resolve(args, task):
     return args
 
 
-def fill(args, **values):
-    """Set those of `values` that no flag has set; env_id always."""
-    unset = {k: v for k, v in values.items() if getattr(args, k) is None or k == "env_id"}
-    return dataclasses.replace(args, **unset)
-
-
-def make_jax_env(task, args):
-    """The task's environment as pure functions, or None where only the official one exists."""
-    maze = task.base.removeprefix("pointmaze-")
-    built_in = args.env_backend in ("auto", "jax")
-    if task.base == "multi-crescent" and built_in:
-        return MultiCrescent()
-    if task.base != maze and maze in MAZES and built_in:
-        return PointMaze(maze, task.index, args.success_timing)
-    if args.env_backend == "mjx" and task.gym_id and task.base == maze:
-        return make_mjx(task, MJX_MAZES, lambda: MjxAntMaze(task.gym_id, args.success_timing))
-    if args.env_backend in ("jax", "mjx") or not task.gym_id:
-        raise UserError(f"{task.name} has no {args.env_backend} environment; drop --env-backend")
-    return None
-
-
-def sample_and_update(carry, data, settings, nets, args):
-    """Sample a batch and update once -> (carry, metrics). carry: state and, online, replay."""
-    state = carry["state"]
-    batch_key, update_key = jax.random.split(purpose_key(state.seed, "update", state.step))
-    batch = sample(
-        batch_key, data, carry.get("replay"), args.batch_size, args.n_step, args.gamma,
-        args.buffer_size, args.num_envs, args.balanced_sampling,
-    )  # fmt: skip
-    for name in ("obs", "next_obs"):
-        batch[name] = (batch[name] - state.obs_mean) / state.obs_std
-    state, metrics = update(state, batch, update_key, settings, nets, args)
-    return carry | {"state": state}, metrics
-
-
-def gradient_step(carry, data, settings, nets, args):
-    """`sample_and_update` with its metrics added to the running sums."""
-    carry, metrics = sample_and_update(carry, data, settings, nets, args)
-    return carry | {"sums": add_sums(carry["sums"], metrics)}
-
-
-def explore(state, obs, time, nets, args, act_dim):
-    """Exploring actions (E, A) for one seed's environments at online step `time`."""
-    keys = jax.random.split(purpose_key(state.seed, "act", time), obs.shape[0])
-
-    def one(obs, key):
-        return policy(state, obs, key, args.behavior_temperature, nets, args, act_dim)
-
-    return jax.vmap(one)(obs, keys)
-
-
-def store(carry, obs, actions, out, returns):
-    """Put one step of all environments into the replay and count the episodes that ended."""
-    done = out["terminated"] | out["truncated"]
-    rows = dict(obs=obs, actions=actions, rewards=out["reward"], next_obs=out["next_obs"])
-    rows |= dict(masks=1.0 - out["terminated"], terminals=done)
-    sums = add_episodes(carry["sums"], returns, done, out["success"])
-    return carry | {"replay": insert(carry["replay"], rows), "sums": sums}
-
-
-def online_step(carry, data, settings, env, nets, args, act_dim):
-    """One step of a JAX environment (num_envs copies), then num_envs * utd updates."""
-    state, envs, time = carry["state"], carry["envs"], carry["replay"]["added"]
-    obs = observe(env, envs["state"])
-    actions = explore(state, obs, time, nets, args, act_dim)
-    env_state, out = step_envs(env, envs["state"], actions, purpose_key(state.seed, "env", time))
-    returns = envs["returns"] + out["reward"]
-    carry = store(carry, obs, actions, out, returns)
-    returns = jnp.where(out["terminated"] | out["truncated"], 0.0, returns)
-    carry["envs"] = dict(state=env_state, returns=returns)
-
-    def learn(i, carry):
-        return gradient_step(carry, data, settings, nets, args)
-
-    return jax.lax.fori_loop(0, args.num_envs * args.utd, learn, carry)
-
-
-class HostLoop:
-    """Online phase on official environments: the simulators step while the device trains."""
-
-    def __init__(self, task, data, settings, nets, args, act_dim):
-        def learn(carry, data, settings):
-            return gradient_step(carry, data, settings, nets, args)
-
-        self.shape, self.utd, self.seed = (args.num_seeds, args.num_envs), args.utd, args.seed
-        same_step = gymnasium.vector.AutoresetMode.SAME_STEP
-        count = args.num_seeds * args.num_envs
-        self.envs = make_host_envs(task.gym_id, args.success_timing, count, same_step)
-        self.explore = jax.jit(jax.vmap(lambda s, o, t: explore(s, o, t, nets, args, act_dim)))
-        self.learn = Program(learn, data, settings)
-        self.store = jax.jit(jax.vmap(store), donate_argnums=0)
-
-    @property
-    def seconds(self):
-        return self.learn.seconds
-
-    def restart(self, carry):
-        """Begin new episodes whose seeds depend on the step alone, so that a run that goes on from
-        a checkpoint equals one that was never interrupted."""
-        time, (num_seeds, num_envs) = int(carry["replay"]["added"][0]), self.shape
-        ids = [(self.seed + s, time, e) for s in range(num_seeds) for e in range(num_envs)]
-        seeds = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
-        self.obs = self.envs.reset(seed=seeds)[0].astype(np.float32)
-        self.returns = np.zeros(self.shape, np.float32)
-        if not time:
-            return carry
-        # what was under way ends here: no n-step window may join it with what comes
-        rows = carry["replay"]["rows"]
-        newest = (time - 1 - np.arange(num_envs)) % rows["terminals"].shape[1]
-        rows = rows | {"terminals": rows["terminals"].at[:, newest].set(1.0)}
-        return carry | {"replay": carry["replay"] | {"rows": rows}}
-
-    def __call__(self, carry, n):
-        for _ in range(n):
-            obs = self.obs.reshape(*self.shape, -1)
-            actions = self.explore(carry["state"], obs, carry["replay"]["added"])
-            self.envs.step_async(np.asarray(actions).reshape(len(self.obs), -1))
-            carry = self.learn(carry, self.shape[1] * self.utd)  # returns before it is done
-            next_obs, reward, terminated, truncated, info = self.envs.step_wait()
-            self.obs, last_obs = next_obs.astype(np.float32), next_obs.astype(np.float32)
-            success = np.zeros(len(reward), np.float32)
-            for i in np.flatnonzero(terminated | truncated):  # there, next_obs starts an episode
-                last_obs[i], success[i] = info["final_obs"][i], info["final_info"]["success"][i]
-            out = dict(reward=reward.astype(np.float32), success=success, next_obs=last_obs)
-            out |= dict(terminated=terminated, truncated=truncated & ~terminated)
-            out = {k: v.reshape(*self.shape, *v.shape[1:]) for k, v in out.items()}
-            self.returns = self.returns + out["reward"]
-            carry = self.store(carry, obs, actions, out, self.returns)
-            self.returns = self.returns * ~(out["terminated"] | out["truncated"])
-        return carry
-
-
-def make_phases(task, env, data, nets, args):
-    """The offline and, if asked for, the online phase."""
-    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
-    offline = PhaseSettings(jnp.float32(args.alpha), jnp.float32(args.offline_td_temperature))
-    online = PhaseSettings(jnp.float32(args.online_alpha), jnp.float32(args.online_td_temperature))
-
-    def learn(carry, data, settings):
-        return gradient_step(carry, data, settings, nets, args)
-
-    def interact(carry, data, settings):
-        return online_step(carry, data, settings, env, nets, args, act_dim)
-
-    phases = [Phase("offline", 0, args.offline_steps, lambda c: c, Program(learn, data, offline))]
-    if not args.online_steps:
-        return phases
-    capacity = min(args.online_steps, max(args.buffer_size, len(data["obs"]) + 1))
-    capacity -= capacity % args.num_envs
-    host = HostLoop(task, data, online, nets, args, act_dim) if env is None else None
-
-    def enter(carry):
-        def start(seed):
-            new = dict(replay=make_replay(capacity, obs_dim, act_dim))
-            if env is not None:
-                env_state = reset_envs(env, purpose_key(seed, "env"), args.num_envs)
-                new["envs"] = dict(state=env_state, returns=jnp.zeros(args.num_envs))
-            return new
-
-        carry = carry | place(jax.jit(jax.vmap(start))(carry["state"].seed), args.num_seeds)
-        return host.restart(carry) if host else carry
-
-    end = args.offline_steps + args.online_steps
-    advance, restart = (host, host.restart) if host else (Program(interact, data, online), None)
-    online_phase = ("online", args.offline_steps, end, enter, advance, args.num_envs, restart)
-    return [*phases, Phase(*online_phase)]
-
-
-def start_states(args, obs_dim, act_dim, mean, std):
-    """Fresh states of all seeds on the device(s)."""
-    seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
-    init = jax.vmap(lambda seed: init_state(args, obs_dim, act_dim, mean, std, seed))
-    return place(jax.jit(init)(seeds), args.num_seeds)
-
-
-def evaluation_policies(nets, args, act_dim):
-    """The one mode of evaluation: (state, obs, key) -> action at the evaluation's temperature."""
-    fixed = dict(temperature=args.eval_temperature, nets=nets, args=args, act_dim=act_dim)
-    return {"": functools.partial(policy, **fixed)}
-
-
-def train(args, task):
-    """Train from the start, or from the checkpoint of --resume; writes the run directory."""
-    tree, facts = load_checkpoint(args.resume) if args.resume else (None, {"step": 0})
-    env = make_jax_env(task, args)
-    if task.base == "multi-crescent":
-        raw, source = crescent_dataset(seed=0), "generated"
-    else:
-        raw, source = load_dataset(task, args.dataset_dir, args.success_timing)
-    data = place(device_data(raw, args.n_step, args.gamma), args.num_seeds, copy=True)
-    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
-    args = fill(args, target_entropy=-args.target_entropy_scale * act_dim)
-    nets = make_networks(args, act_dim)
-    mean, std = jnp.zeros(obs_dim), jnp.ones(obs_dim)
-    if args.normalize_obs:
-        mean, std = data["obs"].mean(axis=0), data["obs"].std(axis=0) + 1e-6
-    phases = make_phases(task, env, data, nets, args)
-
-    state = start_states(args, obs_dim, act_dim, mean, std)
-    one = jax.tree.map(lambda x: x[0], state)
-    inputs = (data, phases[0].advance.inputs[1], nets, args)
-    _, metrics = jax.eval_shape(lambda s: sample_and_update({"state": s}, *inputs), one)
-    sums = jax.vmap(lambda seed: zero_sums(metrics))(state.seed)
-    carry = dict(state=state, sums=place(sums, args.num_seeds))
-    if tree is not None:  # enter the phase in which the checkpoint was made, then fill it in
-        current = next((p for p in phases if facts["step"] <= p.end), phases[-1])
-        carry = current.enter(carry)
-        carry = restore(carry, tree, args.resume)
-        carry = current.restart(carry) if current.restart else carry
-    policies = evaluation_policies(nets, args, act_dim)
-    run = Run(args, task, source, raw, policies, facts["step"])
-    run.header(raw)
-    evaluate = make_evaluate(task, env, policies, args)
-    if task.base == "multi-crescent":
-        evaluate = with_picture(evaluate, run, raw, nets, args)
-    run.finish(train_loop(run, carry, phases, evaluate, args))
-
-
-def evaluate_only(args, task):
-    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
-    tree, facts = load_checkpoint(args.evaluate)
-    env = make_jax_env(task, args)
-    spaces = env or make_host_env(task.gym_id, args.success_timing)
-    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
-    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    state = restore(state, tree["state"], args.evaluate)
-    policies = evaluation_policies(make_networks(args, act_dim), args, act_dim)
-    results = make_evaluate(task, env, policies, args)(state, facts["step"])
-    print_evaluation(task, args, policies, facts["step"], results)
-
-
-# ---- picture of the toy task ----
-def with_picture(evaluate, run, raw, nets, args):
-    """multi-crescent: after each phase, also draw the rewards, the data and what the seed does."""
-
-    def draws(state):  # prior noise, its teacher actions, the student's actions at T = 0 and T = 1
-        obs, keys = jnp.zeros((1_000, 2)), jax.random.split(jax.random.key(0), 3)
-        x = sample_prior(state.params, nets, obs, 2, args.latent_dim, keys[0])
-        teacher = flow_endpoint(state.params, nets, obs, x, args.flow_steps)
-        mode, _ = sample_action(state.params, nets, args, obs, x, 0.0, keys[1])
-        return x, teacher, mode, sample_action(state.params, nets, args, obs, x, 1.0, keys[2])[0]
-
-    def evaluate_and_draw(state, step):
-        if step in (args.offline_steps, args.offline_steps + args.online_steps):
-            first_seed = jax.tree.map(lambda x: x[0], state)
-            phase = "offline" if step == args.offline_steps else "online"
-            method = "GSFlow" if args.prior == "cvae" else "FQL"
-            alpha = args.alpha if phase == "offline" else args.online_alpha
-            path = run.dir / f"multi_crescent_{phase}.png"
-            draw_crescents(
-                path, raw, jax.jit(draws)(first_seed), f"{method} {phase}, alpha {alpha:g}"
-            )
-        return evaluate(state, step)
-
-    return evaluate_and_draw
-
-
-def draw_crescents(path, raw, draws, title):
-    """One picture: reward map, box, data, prior noise, teacher's and student's actions."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no picture: pip install matplotlib", file=sys.stderr)
-        return
-    noise, teacher, mode, sampled = draws
-    rewards = np.asarray(crescent_reward(mode))
-    figure = Figure(figsize=(6, 5))
-    FigureCanvasAgg(figure)
-    axis, grid = figure.add_subplot(), np.linspace(-1.5, 1.5, 601)
-    landscape = crescent_value(np.stack(np.meshgrid(grid, grid), axis=-1))
-    colours = axis.contourf(grid, grid, landscape, [-1, 2.5, 7.5, 12.5, 17.5], cmap="Greens")
-    figure.colorbar(colours, label="reward", ticks=[0, 5, 10, 15])
-    axis.plot([-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1], c="black", lw=1)
-    axis.scatter(*raw["actions"].T, s=2, c="grey", label="data")
-    axis.scatter(*noise.T, s=3, c="red", alpha=0.15, label="prior noise x")
-    axis.scatter(*teacher.T, s=3, c="blue", alpha=0.15, label="teacher F(s, x)")
-    axis.scatter(*sampled.T, s=3, c="orange", alpha=0.3, label="student, T = 1")
-    axis.scatter(*mode[:50].T, s=60, c="black", marker="*", label="student, T = 0")
-    shares = f"P(r >= 10) {(rewards >= 10).mean():.2f}, P(r = 15) {(rewards == 15).mean():.2f}"
-    axis.set_title(f"{title}: mean reward {rewards.mean():.2f}, {shares}", fontsize=8)
-    axis.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal")
-    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.55, -0.06), ncols=5)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    tqdm.write(f"picture: {path}")
-
-
-# ---- main ----
-def run(args):
-    """Resolve the arguments, then train or evaluate."""
-    task = parse_task(args.env_id, OTHER_TASKS)
-    args = resolve(args, task)
-    if args.matmul_precision != "default":
-        jax.config.update("jax_default_matmul_precision", args.matmul_precision)
-    evaluate_only(args, task) if args.evaluate else train(args, task)
+# endregion
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(run, Args))
+    sys.exit(command_line(main, Args))

@@ -13,14 +13,14 @@ What is optimised (s observation, a action or chunk of H actions, sg = stop-grad
   path density  log p = sum of Gaussian log-densities of A_0 and of each A_{i+1} given A_i
                         - sum_j log scale (1 - tanh(u_j)^2)            in the place of log pi(a|s)
 
-Online (--mode online, Gymnasium tasks), every step of the environment
+Online (--mode online, tasks without data), every step of the environment
   critic        y = sg[r + gamma (1 - terminated) (min_c Q_c(s', a') - alpha log p')]
                 L_critic = 1/2 sum_c mean (Q_c(s, a) - y)^2,  (s, a) and (s', a') in ONE pass
                 through BatchRenorm critics without target network  (plain: with one, no 1/2)
   actor         L_actor = mean (alpha log p - min_c Q_c(s, a)),  every --policy-delay updates
   temperature   L_alpha = alpha (H - H_target),  H = -mean sg[log p]
 
-Offline-to-online (--mode offline-to-online, OGBench tasks), chunks of H actions played open loop
+Offline-to-online (--mode offline-to-online, tasks with data), chunks of H actions played open loop
   critic        y = sg[sum_k gamma^k r_k + gamma^H mask (mean_c Q'_c(s', a') - alpha log p')]
                 L_critic = mean valid (Q_c(s, a) - y)^2,  Q' <- tau Q + (1 - tau) Q'
   step A        critic, and flow matching mean valid (v(s, x_t, t) - (x_1 - x_0))^2
@@ -47,9 +47,6 @@ Deviations from the released code (P: from the paper, where the released code di
      candidate; post-norm blocks with self-attention; BC and RL interleaved offline; constant beta.
      Not here: frozen pre-trained velocities inside Flow-G or Flow-T.
 
-Where to look: the method is below "# ---- networks" and "# ---- the method"; what stands between
-"# ==== shared: NAME ====" lines is the same in every script of this repository.
-
 Modes
   python algos/sac_flow.py                                vmapped pendulum, a few minutes
   python algos/sac_flow.py --policy gaussian              the same with SAC
@@ -70,31 +67,16 @@ Modes
 #   "gymnasium==1.4.0",
 #   "ogbench==1.2.2",
 #   "mujoco==3.17.0",
-#   "mujoco-mjx==3.17.0",
 #   "tensorboard==2.21.0",
 #   "tqdm==4.70.1",
 # ]
 # ///
 
-import contextlib
-import copy
-import csv
 import dataclasses
-import difflib
 import functools
-import hashlib
-import importlib.metadata
-import json
-import multiprocessing
 import os
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import textwrap
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -102,6 +84,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # headless rendering
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # share the GPU with others
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/cleanflow/jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import flax
 import flax.linen as nn
@@ -111,47 +95,44 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from gymnasium.envs.phys2d.pendulum import PendulumFunctional
-from gymnasium.experimental.functional import FuncEnv
-from tqdm import tqdm
 
 ALGO = "sac_flow"
-RECENT = 20  # episodes whose mean return is charts/episodic_return, as published
-FREE_ALSO = ()  # flags that may still change when a run without online phase is resumed
-EVALUATION_FLAGS = ()  # flags that may change with --evaluate
 
 
 @dataclasses.dataclass(frozen=True)
 class Args:
     # ---- experiment ----
     env_id: str = "phys2d/Pendulum-v0"
-    """task: phys2d/Pendulum-v0, a Gymnasium MuJoCo id (HalfCheetah-v5), an OGBench single-task id
-    or its short name (cube-double-task3, pointmaze-medium)"""
+    """task: a Gymnasium id (phys2d/Pendulum-v0, HalfCheetah-v5), an OGBench single-task id, a short
+    name (cube-double-task3, pointmaze-medium), or FILE.py:NAME, a task file"""
     mode: Literal["online", "offline-to-online"] | None = None
-    """from scratch (Gymnasium tasks) or from a dataset and then online (OGBench tasks)"""
+    """from scratch (tasks without data) or from a dataset and then online (tasks with data)"""
     seed: int = 0  # first seed
     num_seeds: int = 1  # train this many seeds (seed, seed+1, ...) in one vmapped program
     out_dir: str = "runs"  # directory in which the run directory is created
     evaluate: str | None = None
     """run directory: load its checkpoint, evaluate, print a table, train nothing"""
     resume: str | None = None  # run directory: continue it exactly where its last checkpoint stands
+    wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """float32 matmuls: JAX's default (TF32 on recent GPUs), high or highest"""
 
     # ---- environment and data ----
     env_backend: Literal["auto", "jax", "host", "mjx"] = "auto"
     """jax: vmapped environment inside the program (pendulum, point mazes); host: the official
-    environment through gymnasium.vector; auto: jax where it exists, else host;
-    mjx: MuJoCo tasks (v5) vmapped inside the program, for a GPU (far slower than host on a CPU)"""
+    environment through gymnasium.vector; auto: jax where it exists, else host; mjx: MuJoCo tasks
+    (v5) vmapped inside the program, for a GPU (far slower than host on a CPU)"""
     success_timing: Literal["post", "pre"] = "post"
     """OGBench: reward and success after the action (post, as published) or before it (pre)"""
+    dataset: str | None = None  # transitions of your own: FILE.npz or FILE.hdf5 (see README)
     dataset_dir: str = "~/.ogbench/data"
     """where OGBench datasets are looked for, downloaded to or collected into"""
     num_envs: int | None = None
-    """parallel environments per seed; each step of all makes num-envs * utd updates, so the acting
-    policy is up to num-envs * utd updates old (published: 1)"""
+    """parallel environments per seed (published: 1); a block of steps of all, the fewest whose
+    num-envs * utd updates each are a multiple of policy-delay, is followed by its updates, and only
+    they change the policy that acts"""
     action_scale: float | None = None
-    """half width of the action box (default: the task's own, 0.4 for Humanoid, else mostly 1)"""
+    """half width of the action box (default: what the environment says)"""
     normalize_obs: bool | None = None
     """offline-to-online: standardise observations with the dataset's mean and deviation"""
     sparse: bool | None = None  # offline-to-online: every non-zero reward becomes -1
@@ -159,18 +140,21 @@ class Args:
     # ---- schedule ----
     offline_steps: int | None = None  # offline-to-online: offline iterations (published: 1,000,000)
     online_steps: Annotated[int | None, tyro.conf.arg(aliases=["--total-timesteps"])] = None
-    """environment steps, those before learning starts included; updates come in whole groups of
-    policy-delay, so up to policy-delay - 1 steps more (published: 1,000,000)"""
+    """environment steps, those before learning starts included, rounded up to whole blocks (see
+    num-envs; published: 1,000,000)"""
     learning_starts: int | None = None
-    """online steps before the first online update: random actions in --mode online, the policy's
-    own offline-to-online"""
-    updates_per_dispatch: int | None = None
-    """log every this many steps; the program's length adapts to about a second"""
+    """online steps before the first online update, rounded up to steps of all environments: random
+    actions in --mode online (at least a block, if several official environments run while updates
+    are made), the policy's own offline-to-online"""
+    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = (
+        None  # log the metrics' mean over this many steps
+    )
     eval_interval: Annotated[int | None, tyro.conf.arg(aliases=["--eval-freq"])] = None
     """evaluate every this many steps and at the end of each phase"""
     eval_episodes: int | None = None  # episodes per evaluation, mode of acting and seed
     checkpoint_interval: int | None = None
-    """checkpoint every this many steps and at the end (default: eval-interval)"""
+    """checkpoint every this many steps and at the end; official environments begin new episodes
+    there"""
     offline_schedule: Literal["interleaved", "sequential"] | None = None
     """offline: flow matching and RL on each batch, or flow matching first and RL afterwards"""
     bc_fraction: float | None = None
@@ -222,18 +206,18 @@ PAPER = {
         online_steps=1_000_000, learning_starts=50_000, batch_size=512, gamma=0.99, num_envs=1,
         actor_lr=3e-4, critic_lr=1e-3, alpha_lr=1e-3, adam_b1=0.5, policy_delay=3, hidden_dim=512,
         d_model=96, critic_hidden_dims=(1024, 1024), policy="flow-g", noise="learned",
-        autotune=True, ent_coef=0.2, action_scale=1.0, updates_per_dispatch=500,
-        eval_interval=25_000, eval_episodes=10, offline_steps=0, horizon_length=1,
-        normalize_obs=False, sparse=False,
+        autotune=True, ent_coef=0.2, log_interval=500, eval_interval=25_000, eval_episodes=10,
+        checkpoint_interval=100_000, offline_steps=0, horizon_length=1, normalize_obs=False,
+        sparse=False,
     ),
     "offline-to-online": dict(  # [code], [qc]
         offline_steps=1_000_000, online_steps=1_000_000, learning_starts=5_000, batch_size=256,
         gamma=0.99, num_envs=1, actor_lr=3e-4, critic_lr=3e-4, alpha_lr=3e-4, adam_b1=0.9,
         tau=0.005, policy_delay=1, hidden_dim=512, d_model=128,
         critic_hidden_dims=(512, 512, 512, 512), policy="flow-t", noise="fixed", autotune=False,
-        action_scale=1.0, updates_per_dispatch=500, eval_interval=100_000, eval_episodes=50,
-        horizon_length=5, normalize_obs=False, sparse=False, beta=100.0, bc_space="action",
-        offline_schedule="interleaved", bc_fraction=0.25,
+        action_scale=1.0, log_interval=500, eval_interval=100_000, eval_episodes=50,
+        checkpoint_interval=100_000, horizon_length=5, normalize_obs=False, sparse=False,
+        bc_space="action", offline_schedule="interleaved", bc_fraction=0.25,
     ),
 }  # fmt: skip
 PLAIN = dict(  # [code] --critic plain
@@ -244,950 +228,19 @@ TASK_DEFAULTS = {
     # returns of -500 to -1000 for the whole run.
     "phys2d/Pendulum": dict(
         online_steps=20_000, learning_starts=1_000, num_envs=4, batch_size=128, hidden_dim=64,
-        d_model=32, critic_hidden_dims=(128, 128), actor_lr=1e-3, policy_delay=1, action_scale=2.0,
-        eval_interval=2_500, eval_episodes=50,
+        d_model=32, critic_hidden_dims=(128, 128), actor_lr=1e-3, policy_delay=1,
+        eval_interval=2_500, eval_episodes=50, checkpoint_interval=2_500,
     ),
-    "Humanoid": dict(action_scale=0.4),  # its box; HumanoidStandup's too
     "pointmaze": dict(  # [ours] minutes on two CPU cores
-        offline_steps=10_000, online_steps=10_000, learning_starts=500, batch_size=256,
-        actor_lr=1e-3, critic_lr=1e-3, tau=0.01, hidden_dim=128, d_model=64, num_envs=1,
-        critic_hidden_dims=(128, 128, 128), beta=10.0, normalize_obs=True, eval_interval=2_500,
+        offline_steps=10_000, online_steps=10_000, learning_starts=500, actor_lr=1e-3,
+        critic_lr=1e-3, tau=0.01, hidden_dim=128, d_model=64, critic_hidden_dims=(128, 128, 128),
+        beta=10.0, normalize_obs=True, eval_interval=2_500, checkpoint_interval=2_500,
     ),
     "cube-double": dict(beta=300.0),  # reported for the paper, as is 100 for the next two
     "cube-triple": dict(beta=100.0),
     "cube-quadruple": dict(beta=100.0),
     "": {},
 }  # fmt: skip
-
-
-class UserError(Exception):
-    """Something the user can mend; shown as one sentence, exit code 2."""
-
-
-# ==== shared: tasks ====
-OGBENCH = {  # family: (variants, dataset types, default first; default task)
-    "pointmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch"), 1),
-    "antmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch", "explore"), 1),
-    "humanoidmaze": (("medium", "large", "giant"), ("navigate", "stitch"), 1),
-    "antsoccer": (("arena", "medium"), ("navigate", "stitch"), 4),
-    "cube": (("single", "double", "triple", "quadruple"), ("play", "noisy"), 2),
-    "scene": (("",), ("play", "noisy"), 2),
-    "puzzle": (("3x3", "4x4", "4x5", "4x6"), ("play", "noisy"), 4),
-}
-PUZZLE_DEFAULT_TASK = {"puzzle-4x5": 2, "puzzle-4x6": 2}
-
-
-class Task(NamedTuple):
-    """One task: `name` is the full id, `base` what the task table is looked up with."""
-
-    name: str  # antmaze-large-navigate-singletask-task1-v0
-    base: str  # antmaze-large
-    gym_id: str = ""  # antmaze-large-singletask-task1-v0, the official environment
-    dataset: str = ""  # antmaze-large-navigate-v0, the official data
-    index: int = 1
-    success: bool = True  # whether there is such a thing; else only the return counts
-
-
-def parse_task(env_id, other=()):
-    """Full OGBench single-task id or short name -> Task; `other` lists names outside OGBench."""
-    if env_id in other:
-        return Task(env_id, env_id)
-    tasks = {}
-    for family, (variants, kinds, default) in OGBENCH.items():
-        for base in (f"{family}-{v}" if v else family for v in variants):
-            for kind in kinds:
-                for i in (0, 1, 2, 3, 4, 5):
-                    index = i or PUZZLE_DEFAULT_TASK.get(base, default)
-                    name = f"{base}-{kind}-singletask-task{index}-v0"
-                    gym_id = f"{base}-singletask-task{index}-v0"
-                    task = Task(name, base, gym_id, f"{base}-{kind}-v0", index)
-                    suffix = f"-task{i}" if i else ""
-                    tasks[f"{base}-{kind}-singletask{suffix}-v0"] = task
-                    tasks[f"{base}-{kind}{suffix}"] = task
-                    if kind == kinds[0]:
-                        tasks[f"{base}{suffix}"] = task
-    if env_id not in tasks:
-        close = difflib.get_close_matches(env_id, [*other, *tasks], n=3, cutoff=0.3)
-        raise UserError(f"unknown task '{env_id}'; close matches: {', '.join(close) or 'none'}")
-    return tasks[env_id]
-
-
-# ==== end shared: tasks ====
-
-
-# ==== shared: point mazes ====
-# OGBench's point mazes, one word per row from the smallest y upwards, # is a wall; then the five
-# single tasks as (start row, start column, goal row, goal column).
-MAZES = {
-    "medium": (
-        "######## #..##..# #..#...# ##...### #..#...# #.#..#.# #...#..# ########",
-        ((1, 1, 6, 6), (6, 1, 1, 6), (5, 3, 4, 2), (6, 5, 6, 1), (2, 6, 1, 1)),
-    ),
-    "large": (
-        "############ #....#.....# #.##.#.#.#.# #......#...# #.####.###.# "
-        "#..#.#.....# ##.#.#.#.### #..#...#...# ############",
-        ((1, 1, 7, 10), (5, 4, 7, 1), (7, 4, 1, 10), (3, 8, 5, 4), (1, 1, 5, 4)),
-    ),
-    "giant": (
-        "################ #.#......##....# #.#.##.#.#..##.# #...#..#...#...# "
-        "#.###.######.#.# #...#...#....#.# ###.#.#..#.#.### #...#..#...#...# "
-        "#.#.#.######.#.# #.###...#...##.# #.....#...#....# ################",
-        ((1, 1, 10, 14), (1, 14, 10, 1), (8, 14, 1, 1), (8, 3, 5, 12), (5, 9, 3, 8)),
-    ),
-}
-CELL, RADIUS = 4.0, 0.7  # width of a cell; radius of the ball
-STEP_SIZE, SUBSTEPS, TIMESTEP = 0.2, 5, 0.02  # displacement at |a| = 1; RK4 steps and their length
-
-
-def wall_acceleration(px, py, vx, vy, walls):
-    """Acceleration that MuJoCo's soft contacts give a ball near a meeting point of four cells.
-
-    The origin is that meeting point and the ball's own cell lies at px, py < 0. `walls` says which
-    of the cells across x, across y and across both are walls. MuJoCo minimises
-    |a|^2 / 2 + sum_rows w min(J a - aref, 0)^2 / 2 (here divided by the mass, which cancels).
-    """
-    # solref 0.02 is raised to 2 * timestep (refsafe): K = 1 / (dmax tc)^2, B = 2 / (dmax tc)
-    dmin, dmax, width, tc = 0.9, 0.95, 0.001, 2 * TIMESTEP  # solimp and time constant
-    stiffness, damping = 1 / (dmax * tc) ** 2, 2 / (dmax * tc)
-    rows = []
-    own_x, own_y = jnp.minimum(px, 0), jnp.minimum(py, 0)
-    over_x, over_y = jnp.maximum(px, 0), jnp.maximum(py, 0)
-    offsets = ((own_x, over_y), (over_x, own_y), (own_x, own_y))  # ball - nearest point of the cell
-    for wall, (dx, dy) in zip(walls, offsets, strict=True):
-        distance = jnp.sqrt(jnp.maximum(dx * dx + dy * dy, 1e-12))
-        nx, ny, depth = dx / distance, dy / distance, RADIUS - distance
-        x = jnp.clip(depth / width, 0, 1)
-        y = jnp.where(x < 0.5, 2 * x * x, 1 - 2 * (1 - x) ** 2)
-        impedance = dmin + y * (dmax - dmin)
-        # w = 1 / R with R = (1 - imp) / imp * 2 mu^2 (1 + mu^2) * invweight, friction mu = 1 and
-        # mass * invweight = 2/3 (MuJoCo averages 1/m, 1/m and the locked z axis' 0)
-        w = jnp.where(wall & (depth > 0), impedance / (1 - impedance) / (4 * 2 / 3), 0)
-        # The friction pyramid's edges are n +- t with t in the plane and n +- z; the ball cannot
-        # move along z, so the last two are both n.
-        for jx, jy, weight in ((nx - ny, ny + nx, w), (nx + ny, ny - nx, w), (nx, ny, 2 * w)):
-            aref = stiffness * impedance * depth - damping * (jx * vx + jy * vy)
-            rows.append((jx, jy, weight, aref))
-
-    def newton(_, a):
-        ax, ay = a
-        gx, gy, hxx, hxy, hyy = ax, ay, 1.0, 0.0, 1.0
-        for jx, jy, weight, aref in rows:
-            residual = jx * ax + jy * ay - aref
-            active = jnp.where(residual < 0, weight, 0)  # contacts push, they never pull
-            gx, gy = gx + active * residual * jx, gy + active * residual * jy
-            hxx, hyy = hxx + active * jx * jx, hyy + active * jy * jy
-            hxy = hxy + active * jx * jy
-        det = hxx * hyy - hxy * hxy
-        return ax - (hyy * gx - hxy * gy) / det, ay - (hxx * gy - hxy * gx) / det
-
-    # Piecewise quadratic, so exact once the active rows are found: six steps did for each of two
-    # million random states, nearly always four.
-    return jax.lax.fori_loop(0, 6, newton, (jnp.zeros_like(px), jnp.zeros_like(px)))
-
-
-class PointMazeState(NamedTuple):
-    xy: jax.Array
-    success: jax.Array  # did the last transition reach the goal?
-
-
-class PointMaze(FuncEnv):
-    """OGBench's pointmaze-{medium,large,giant} with a fixed task, as pure functions.
-
-    MuJoCo's contact dynamics, written out for a ball and the cells around it: a step agrees with
-    the official environment to 1e-12 in float64 (1e-8 where MuJoCo's solver stops early, a few
-    times in 100,000 steps) and to 1e-5 in float32, unless an action carries the ball's centre into
-    a wall (|a_i| > 3 could). As there, actions are not clipped.
-    """
-
-    max_episode_steps = 1000
-    goal_tol = 1.0
-
-    def __init__(self, maze: str, task: int = 1, success_timing: str = "post"):
-        super().__init__()
-        if maze not in MAZES or task not in range(1, 6) or success_timing not in ("pre", "post"):
-            raise ValueError(f"no point maze {maze!r}, task {task}, timing {success_timing!r}")
-        rows, tasks = MAZES[maze]
-        self.maze_map = np.array([[c == "#" for c in row] for row in rows.split()], np.int64)
-        self.start_xy = self.ij_to_xy(np.array(tasks[task - 1][:2]))
-        self.goal_xy = self.ij_to_xy(np.array(tasks[task - 1][2:]))
-        self.success_timing = success_timing
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
-
-    def ij_to_xy(self, ij):
-        return CELL * ij[..., ::-1] - CELL
-
-    def xy_to_ij(self, xy):
-        return jnp.floor((xy[..., ::-1] + 1.5 * CELL) / CELL).astype(int)
-
-    def move(self, xy, action):
-        """Position and velocity after one step; the ball starts each step at rest."""
-        xy = xy + STEP_SIZE * action
-        ij = self.xy_to_ij(xy)
-        from_centre = xy - self.ij_to_xy(ij)
-        # Mirror the plane so that the ball sits in the lower left of the four nearest cells. The
-        # meeting point as the origin also keeps float32 accurate far from the maze's corner.
-        side = jnp.where(from_centre < 0, -1, 1)
-        p = jnp.abs(from_centre) - CELL / 2
-        (i, j), (sx, sy), wall = ij, side, jnp.asarray(self.maze_map == 1)
-        walls = wall[i, j + sx], wall[i + sy, j], wall[i + sy, j + sx]
-
-        def derivative(s):
-            return (*s[2:], *wall_acceleration(*s, walls))
-
-        def advance(s, h, k):
-            return tuple(a + h * b for a, b in zip(s, k, strict=True))
-
-        def rk4(s, _):
-            k1 = derivative(s)
-            k2 = derivative(advance(s, TIMESTEP / 2, k1))
-            k3 = derivative(advance(s, TIMESTEP / 2, k2))
-            k4 = derivative(advance(s, TIMESTEP, k3))
-            ends, middle = advance(k1, 1, k4), advance(k2, 1, k3)
-            return advance(s, TIMESTEP / 6, advance(ends, 2, middle)), None
-
-        # Scalars rather than vectors: under vmap each becomes one (batch,) array, which XLA fuses.
-        state = (p[0], p[1], jnp.zeros_like(p[0]), jnp.zeros_like(p[0]))
-        state, _ = jax.lax.scan(rk4, state, None, length=SUBSTEPS)
-        return xy + side * (jnp.stack(state[:2]) - p), side * jnp.stack(state[2:])
-
-    def initial(self, rng: Any, params: Any = None) -> PointMazeState:
-        xy = self.start_xy + jax.random.uniform(rng, (2,), minval=-1, maxval=1)
-        return PointMazeState(xy, jnp.asarray(False))
-
-    def transition(self, state, action, rng=None, params=None) -> PointMazeState:
-        xy, _ = self.move(state.xy, action)
-        judged = xy if self.success_timing == "post" else state.xy
-        return PointMazeState(xy, jnp.linalg.norm(judged - self.goal_xy) <= self.goal_tol)
-
-    def observation(self, state, rng=None, params=None):
-        return state.xy
-
-    def reward(self, state, action, next_state, rng=None, params=None):
-        return next_state.success.astype(jnp.float32) - 1
-
-    def terminal(self, state, rng=None, params=None):
-        return state.success
-
-    def success(self, state):
-        return state.success
-
-
-def maze_paths(maze_map):
-    """Shortest-path lengths between cells and the next cell on the way, both [from, to].
-
-    Cells are numbered row by row. A wall or the goal itself leads nowhere: next = from. Among
-    equally short ways the order up, left, down, right decides, as in OGBench.
-    """
-    size, free = maze_map.size, np.flatnonzero(maze_map == 0)
-    width = maze_map.shape[1]
-    neighbours = free + np.array([-width, -1, width, 1])[:, None]
-    length = np.full((size, size), size)  # `size` means unreachable
-    length[free, free] = 0
-    for _ in free:
-        length[free] = np.minimum(length[free], length[neighbours].min(0) + 1)
-    step = neighbours[length[neighbours].argmin(0), np.arange(len(free))[:, None]]
-    next_cell = np.tile(np.arange(size)[:, None], size)
-    closer = length[neighbours].min(0) < length[free]
-    next_cell[free] = np.where(closer, step, next_cell[free])
-    return length, next_cell
-
-
-def collect_pointmaze(
-    maze: str,
-    num_transitions: int,
-    seed: int = 0,
-    dataset_type: str = "navigate",
-    with_goals: bool = False,
-) -> dict[str, np.ndarray]:
-    """Collect a dataset as OGBench made its own, in the layout of its files.
-
-    The controller walks from cell to cell along the shortest path with Gaussian action noise.
-    navigate: a new goal whenever one is reached; stitch: one goal, four cells away. An episode of
-    n + 1 rows holds n transitions (OGBench's 1M: 1000 episodes of 1001 rows; giant 500 of 2001;
-    stitch 5000 of 201), and the number of episodes is rounded up. `with_goals` adds the position
-    that each row was heading for, which OGBench does not store.
-    """
-    if dataset_type not in ("navigate", "stitch"):
-        raise ValueError(f"no dataset type {dataset_type!r}: navigate or stitch")
-    env, navigate = PointMaze(maze), dataset_type == "navigate"
-    steps = (2001 if maze == "giant" else 1001) if navigate else 201
-    episodes = -(-num_transitions // (steps - 1))
-    length, next_cell = maze_paths(env.maze_map)
-
-    wall = env.maze_map == 1
-    up, down, left, right = (np.roll(wall, shift, axis) for axis in (0, 1) for shift in (1, -1))
-    hallway = (up & down & ~left & ~right) | (left & right & ~up & ~down)
-    goals = np.flatnonzero(~wall & ~hallway)  # OGBench puts no goals in the middle of a corridor
-    cell_xy = jnp.asarray(env.ij_to_xy(np.indices(wall.shape).reshape(2, -1).T))
-
-    rng = np.random.default_rng(seed)
-    starts = rng.choice(np.flatnonzero(~wall), episodes)
-    if navigate:
-        first_goals = rng.choice(goals, episodes)
-    else:
-        first_goals = np.array([rng.choice(np.flatnonzero(length[s] == 4)) for s in starts])
-    noise = jnp.asarray(rng.uniform(-1, 1, (2, episodes, 2)))
-    velocity = 0.1 * rng.standard_normal((episodes, 2))  # the reset's: stored, without any effect
-
-    def episode(key, xy, velocity, goal_cell, goal_xy):
-        def step(carry, key):
-            xy, velocity, goal_cell, goal_xy = carry
-            noise_key, cell_key, goal_key = jax.random.split(key, 3)
-            i, j = env.xy_to_ij(xy)
-            way = cell_xy[jnp.asarray(next_cell)[i * wall.shape[1] + j, goal_cell]] - xy
-            way = way / (jnp.linalg.norm(way) + 1e-6)
-            action = jnp.clip(way + 0.5 * jax.random.normal(noise_key, (2,)), -1, 1)
-            row = (xy, action, velocity, goal_xy)
-            xy, velocity = env.move(xy, action)
-            if navigate:
-                reached = jnp.linalg.norm(xy - goal_xy) <= env.goal_tol
-                new_cell = jax.random.choice(cell_key, jnp.asarray(goals))
-                new_xy = cell_xy[new_cell] + jax.random.uniform(goal_key, (2,), minval=-1, maxval=1)
-                goal_cell = jnp.where(reached, new_cell, goal_cell)
-                goal_xy = jnp.where(reached, new_xy, goal_xy)
-            return (xy, velocity, goal_cell, goal_xy), row
-
-        carry = (xy, velocity, goal_cell, goal_xy)
-        return jax.lax.scan(step, carry, jax.random.split(key, steps))[1]
-
-    keys = jax.random.split(jax.random.key(seed), episodes)
-    start_xy, goal_xy = cell_xy[starts] + noise[0], cell_xy[first_goals] + noise[1]
-    rows = jax.jit(jax.vmap(episode))(keys, start_xy, jnp.asarray(velocity), first_goals, goal_xy)
-    xy, actions, velocity, goals = (np.asarray(a, np.float32).reshape(-1, 2) for a in rows)
-    terminals = np.tile(np.arange(steps) == steps - 1, episodes)
-    data = dict(observations=xy, actions=actions, terminals=terminals, qpos=xy, qvel=velocity)
-    return data | (dict(goals=goals) if with_goals else {})
-
-
-# ==== end shared: point mazes ====
-
-
-# ==== shared: vector environments ====
-def reset_envs(env, key, num_envs):
-    """Start `num_envs` copies of a functional environment -> (states, steps taken)."""
-    states = jax.vmap(env.initial)(jax.random.split(key, num_envs))
-    return states, jnp.zeros(num_envs, jnp.int32)
-
-
-def observe(env, env_state):
-    """Observations (num_envs, D) of all copies."""
-    return jax.vmap(lambda s: env.observation(s, None))(env_state[0])
-
-
-def step_envs(env, env_state, actions, key):
-    """Step all copies and restart those that ended.
-
-    Returns the new states and, per copy: reward, terminated (no bootstrap), truncated (time limit,
-    bootstrap), success, and next_obs, the observation before any restart.
-    """
-    states, t = env_state
-    keys, reset_keys = jax.random.split(key, (2, t.shape[0]))
-    next_states = jax.vmap(env.transition)(states, actions, keys)
-    reward = jax.vmap(lambda s, a, n: env.reward(s, a, n, None))(states, actions, next_states)
-    terminated = jax.vmap(lambda s: env.terminal(s, None))(next_states)
-    truncated = (t + 1 >= env.max_episode_steps) & ~terminated
-    done = terminated | truncated
-    success = jax.vmap(env.success)(next_states) if hasattr(env, "success") else jnp.zeros(t.shape)
-    out = dict(
-        reward=reward.astype(jnp.float32),
-        terminated=terminated,
-        truncated=truncated,
-        success=success.astype(jnp.float32),
-        next_obs=observe(env, (next_states, t)),
-    )
-
-    def restart(new, old):
-        return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old)
-
-    fresh, _ = jax.lax.cond(  # most steps end no episode
-        done.any(),
-        lambda: reset_envs(env, reset_keys[0], t.shape[0]),
-        lambda: (next_states, t),
-    )
-    return (jax.tree.map(restart, fresh, next_states), jnp.where(done, 0, t + 1)), out
-
-
-def evaluate_jax(env, policy, key, num_episodes):
-    """Run `num_episodes` in parallel, in one program; all start together.
-
-    `policy(obs (D,), key) -> (H * A,)` gives the actions of the next H steps, which are taken
-    without looking. Returns arrays (num_episodes,): success at the last step, return, length.
-    """
-    start_key, env_key, policy_key = jax.random.split(key, 3)
-
-    def decide(loop):
-        env_state, _, result = loop
-        t = result["length"].max()
-        keys = jax.random.split(jax.random.fold_in(policy_key, t), num_episodes)
-        chunks = jax.vmap(policy)(observe(env, env_state), keys)
-        chunks = chunks.reshape(num_episodes, -1, *env.action_space.shape).swapaxes(0, 1)
-        return jax.lax.scan(episode_step, loop, chunks)[0]
-
-    def episode_step(loop, actions):
-        env_state, alive, result = loop
-        t = result["length"].max()
-        env_state, out = step_envs(env, env_state, actions, jax.random.fold_in(env_key, t))
-        result = {
-            "success": jnp.where(alive, out["success"], result["success"]),
-            "return": result["return"] + alive * out["reward"],
-            "length": result["length"] + alive,
-        }
-        return (env_state, alive & ~out["terminated"] & ~out["truncated"], result), None
-
-    zeros = jnp.zeros(num_episodes)
-    result = {"success": zeros, "return": zeros, "length": jnp.zeros(num_episodes, jnp.int32)}
-    start = (reset_envs(env, start_key, num_episodes), jnp.ones(num_episodes, bool), result)
-    return jax.lax.while_loop(lambda loop: loop[1].any(), decide, start)[2]
-
-
-class SeededReset(gymnasium.Wrapper):
-    """OGBench draws start noise from NumPy's global generator: seed that too, so that an episode
-    is a function of its seed."""
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            np.random.seed(seed)
-            self.unwrapped.action_space.seed(seed)
-        return self.env.reset(seed=seed, options=options)
-
-
-def make_host_env(gym_id, success_timing=None):
-    """The official environment (OGBench's where `success_timing` is given); in a worker process
-    Ctrl-C is left to the main process."""
-    gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's spaces set off warnings
-    import ogbench  # noqa: F401  registers the environments
-
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    options = dict(success_timing=success_timing) if success_timing else {}
-    return SeededReset(gymnasium.make(gym_id, **options))
-
-
-def make_host_envs(gym_id, success_timing, num_envs, autoreset):
-    """`num_envs` official environments in processes of their own."""
-    return gymnasium.vector.AsyncVectorEnv(
-        [functools.partial(make_host_env, gym_id, success_timing)] * num_envs,
-        autoreset_mode=autoreset,
-        context="forkserver",  # forking a process that runs JAX's threads can deadlock
-    )
-
-
-def evaluate_host(envs, act, seeds, step, num_episodes):
-    """Run `num_episodes` per seed on official environments, one after another in each slot.
-
-    `act(obs (S, slots, D), episode (S, slots), t (S, slots)) -> actions (S, slots, A)`. An episode
-    depends on (seed, step, its number) alone, so the result does not depend on how many slots
-    there are. Returns arrays (S, num_episodes): success at the last step, return, length.
-    """
-    num_slots = envs.num_envs // len(seeds)
-    shape = (len(seeds), num_slots)
-    episode = np.tile(np.arange(num_slots), (len(seeds), 1))
-    next_episode = np.full(len(seeds), num_slots)
-    t, total = np.zeros(shape, np.int32), np.zeros(shape)
-    result = {k: np.zeros((len(seeds), num_episodes)) for k in ("success", "return", "length")}
-    remaining = len(seeds) * num_episodes
-
-    def episode_seeds():
-        ids = [(seeds[s], step, episode[s, k]) for s in range(shape[0]) for k in range(shape[1])]
-        return [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
-
-    obs, _ = envs.reset(seed=episode_seeds())
-    while remaining:
-        actions = np.asarray(act(obs.reshape(*shape, -1), episode, t))
-        obs, reward, terminated, truncated, info = envs.step(actions.reshape(envs.num_envs, -1))
-        t += 1
-        total += reward.reshape(shape)
-        done = (terminated | truncated).reshape(shape)
-        for s, k in zip(*np.nonzero(done), strict=True):
-            if episode[s, k] < num_episodes:
-                success = np.asarray(info["success"]).reshape(shape) if "success" in info else t * 0
-                outcome = {"success": success[s, k], "return": total[s, k], "length": t[s, k]}
-                for name, value in outcome.items():
-                    result[name][s, episode[s, k]] = value
-                remaining -= 1
-            episode[s, k] = next_episode[s]
-            next_episode[s] += 1
-        if done.any() and remaining:
-            t[done], total[done] = 0, 0.0
-            obs, _ = envs.reset(seed=episode_seeds(), options={"reset_mask": done.reshape(-1)})
-    return result
-
-
-# ==== end shared: vector environments ====
-
-
-# ==== shared: mjx physics ====
-def nearest_points(gap, one, two):
-    """Where two segments s * one and t * two, |s|, |t| <= 1, are nearest; `gap` is the first centre
-    minus the second. Returns s, t, whether s is at an end, and whether at the upper one."""
-    aa, ab, bb = one @ one, -(one @ two), two @ two
-    u, v, det = -(one @ gap), two @ gap, aa * bb - ab**2
-    parallel = det <= jnp.finfo(det.dtype).eps * aa * bb
-    s = jnp.where(parallel, 0, (bb * u - ab * v) / jnp.where(parallel, 1, det))
-    at_end, upper, s = jnp.abs(s) > 1, s > 1, jnp.clip(s, -1, 1)
-    t = (v - ab * s) / bb
-    s = jnp.where(jnp.abs(t) > 1, (u - ab * jnp.sign(t)) / aa, s)
-    upper = jnp.where(jnp.abs(s) > 1, s > 1, upper)
-    return jnp.clip(s, -1, 1), jnp.clip(t, -1, 1), at_end | (jnp.abs(s) > 1), upper
-
-
-def import_mjx():
-    """MJX, MuJoCo's engine in JAX, with three colliders replaced by what MuJoCo's own do: MJX
-    aligns the tangents of a capsule's contact with a plane only beyond 30 degrees off the normal,
-    and finds the nearest points of capsules to five digits."""
-    with contextlib.redirect_stdout(None):  # it says that it has no warp
-        from mujoco import mjx
-        from mujoco.mjx._src.collision_driver import _COLLISION_FUNC
-        from mujoco.mjx._src.collision_primitive import _sphere_sphere, collider
-        from mujoco.mjx._src.math import make_frame
-        from mujoco.mjx._src.types import GeomType
-
-    def balls(one, centre1, two, centre2):
-        dist, pos, normal = _sphere_sphere(centre1, one.size[0], centre2, two.size[0])
-        return dist, pos, make_frame(normal)
-
-    @collider(ncon=2)
-    def plane_capsule(plane, cap):
-        normal, axis = plane.mat[:, 2], cap.mat[:, 2]
-        tangent = axis - normal * (normal @ axis)
-        norm = jnp.linalg.norm(tangent)
-        tangent = tangent / jnp.maximum(norm, 1e-6)
-        frame = jnp.stack([normal, tangent, jnp.cross(normal, tangent)])
-        frame = jnp.where(norm > 1e-6, frame, make_frame(normal))
-        ends = cap.pos + jnp.stack([axis, -axis]) * cap.size[1]
-        dist = (ends - plane.pos) @ normal - cap.size[0]
-        return dist, ends - (cap.size[0] + dist / 2)[:, None] * normal, jnp.stack([frame, frame])
-
-    @collider(ncon=1)
-    def sphere_capsule(ball, cap):
-        axis, length = cap.mat[:, 2], cap.size[1]
-        t = jnp.clip((ball.pos - cap.pos) @ axis, -length, length)
-        return balls(ball, ball.pos, cap, cap.pos + t * axis)
-
-    @collider(ncon=1)
-    def capsule_capsule(one, two):
-        half1, half2 = (cap.mat[:, 2] * cap.size[1] for cap in (one, two))
-        s, t, *_ = nearest_points(one.pos - two.pos, half1, half2)
-        return balls(one, one.pos + s * half1, two, two.pos + t * half2)
-
-    _COLLISION_FUNC[GeomType.PLANE, GeomType.CAPSULE] = plane_capsule
-    _COLLISION_FUNC[GeomType.SPHERE, GeomType.CAPSULE] = sphere_capsule
-    _COLLISION_FUNC[GeomType.CAPSULE, GeomType.CAPSULE] = capsule_capsule
-    return mjx
-
-
-class MjxState(NamedTuple):
-    qpos: jax.Array
-    qvel: jax.Array
-    qacc: jax.Array  # of the last evaluation; the constraint solver starts from it
-    x: jax.Array  # position along x by which a locomotion task pays
-    derived: jax.Array  # inertias, velocities and forces that it observes, of the last evaluation
-    success: jax.Array  # did the last transition reach the goal? (mazes)
-
-
-class Mjx(FuncEnv):
-    """A MuJoCo environment in MJX: the official model; the rest is its subclasses'.
-
-    What MuJoCo derives from positions (body positions, contact forces, ...) is, after a step, that
-    of the last evaluation within the last Runge-Kutta step, and so it is here: `derive` reads it.
-    """
-
-    noise, gaussian = 0.1, True  # of the start: uniform on positions; on velocities perhaps normal
-
-    def __init__(self, gym_id: str):
-        super().__init__()
-        self.mjx = import_mjx()
-        self.official = make_host_env(gym_id).unwrapped
-        self.max_episode_steps = gymnasium.spec(gym_id).max_episode_steps
-        self.observation_space = self.official.observation_space
-        self.action_space = self.official.action_space
-        self.init_qpos, self.dt = self.official.init_qpos, self.official.dt
-        model = self.make_model()
-        # MJX lacks the iterative solver that Humanoid's model asks for, and runs line searches to
-        # their limit, 50 by default, though a few iterations find the minimum.
-        model.opt.solver, model.opt.ls_iterations = 2, 10  # Newton's method
-        self.model = self.mjx.put_model(model)
-        self.data = self.mjx.make_data(self.model)
-
-    def make_model(self):
-        return copy.copy(self.official.model)
-
-    def model_at(self, qpos):
-        """The model when the robot is there."""
-        return self.model
-
-    def derive(self, data):
-        """`x` and `derived` of a state."""
-        return data.qpos[0], jnp.zeros(0)
-
-    def simulate(self, state, action):
-        """The steps of MuJoCo in one of the environment, by the model's integrator: semi-implicit
-        Euler (HalfCheetah), or Runge-Kutta as a loop over its four evaluations, compiled once."""
-        mjx, h = self.mjx, self.model.opt.timestep
-        integrate = functools.partial(mjx._src.forward._integrate_pos, self.model.jnt_type)
-        tableau = jnp.array([[0, 1 / 6], [1 / 2, 1 / 3], [1 / 2, 1 / 3], [1, 1 / 6]])
-
-        def step(_, state):
-            model, data = self.model_at(state.qpos), self.data.replace(ctrl=action)
-            if model.opt.integrator == 0:
-                start = dict(qpos=state.qpos, qvel=state.qvel, qacc_warmstart=state.qacc)
-                new = mjx.step(model, data.replace(**start))
-                return state._replace(qpos=new.qpos, qvel=new.qvel, qacc=new.qacc)
-
-            def evaluate(carry, ab):
-                qvel, qacc, mean_qvel, mean_qacc, _ = carry
-                qpos = integrate(state.qpos, qvel, ab[0] * h)
-                qvel = state.qvel + ab[0] * h * qacc
-                new = mjx.forward(model, data.replace(qpos=qpos, qvel=qvel, qacc_warmstart=qacc))
-                means = mean_qvel + ab[1] * qvel, mean_qacc + ab[1] * new.qacc
-                new = mjx.rne_postconstraint(model, new)  # contact forces on bodies, if observed
-                return (qvel, new.qacc, *means, self.derive(new)), None
-
-            zeros = jnp.zeros_like(state.qvel)
-            carry = (state.qvel, state.qacc, zeros, zeros, (state.x, state.derived))
-            (_, qacc, qvel, mean_qacc, (x, derived)), _ = jax.lax.scan(evaluate, carry, tableau)
-            qpos, qvel = integrate(state.qpos, qvel, h), state.qvel + h * mean_qacc
-            return state._replace(qpos=qpos, qvel=qvel, qacc=qacc, x=x, derived=derived)
-
-        return jax.lax.fori_loop(0, self.official.frame_skip, step, state)
-
-    def at(self, qpos, qvel):
-        """State after a reset to these positions and velocities."""
-        data = self.data.replace(qpos=qpos, qvel=qvel)
-        for part in (self.mjx.kinematics, self.mjx.com_pos, self.mjx.com_vel):
-            data = part(self.model, data)
-        return MjxState(qpos, qvel, jnp.zeros_like(qvel), *self.derive(data), jnp.asarray(False))
-
-    def initial(self, rng: Any, params: Any = None) -> MjxState:
-        keys, shapes = jax.random.split(rng), (self.init_qpos.shape, (self.model.nv,))
-        qpos = jax.random.uniform(keys[0], shapes[0], minval=-1)
-        draw = jax.random.normal if self.gaussian else jax.random.uniform
-        qvel = draw(keys[1], shapes[1]) if self.gaussian else draw(keys[1], shapes[1], minval=-1)
-        return self.at(self.init_qpos + self.noise * qpos, self.noise * qvel)
-
-    def transition(self, state, action, rng=None, params=None) -> MjxState:
-        return self.simulate(state, action)
-
-
-def make_mjx(task, supported, make):
-    """`make()` if the task is among those that MJX can simulate; on a CPU with a warning."""
-    if task.base not in supported:
-        raise UserError(
-            f"--env-backend mjx is for {', '.join(supported)}, not for {task.name}; use the "
-            f"official environment, --env-backend host"
-        )
-    if jax.default_backend() == "cpu":
-        print(
-            "NOTICE: --env-backend mjx is made for a GPU; on a CPU the official engine, "
-            "--env-backend host, is many times faster",
-            file=sys.stderr,
-        )
-    return make()
-
-
-# ==== end shared: mjx physics ====
-
-
-# ==== shared: mjx locomotion ====
-# What Gymnasium's v5 locomotion tasks pay and when they end: `forward` times the velocity along x,
-# `lift` times the height, `alive` while healthy, minus `control` * |a|^2 and `contact` * |contact
-# forces|^2. Healthy: height and pitch in their ranges, every other coordinate below `limit`.
-MJX_TASKS = {
-    "Hopper-v5": dict(
-        alive=1.0, control=1e-3, height=(0.7, np.inf), pitch=(-0.2, 0.2), limit=100.0,
-        clip_velocity=10.0, noise=5e-3,
-    ),
-    "Walker2d-v5": dict(
-        alive=1.0, control=1e-3, height=(0.8, 2.0), pitch=(-1.0, 1.0), clip_velocity=10.0,
-        noise=5e-3,
-    ),
-    "HalfCheetah-v5": dict(control=0.1, ends=False, noise=0.1, gaussian=True),
-    "Ant-v5": dict(
-        alive=1.0, control=0.5, contact=5e-4, height=(0.2, 1.0), clip_force=1.0, noise=0.1,
-        gaussian=True,
-    ),
-    "Humanoid-v5": dict(
-        forward=1.25, alive=5.0, control=0.1, contact=5e-7, height=(1.0, 2.0), noise=1e-2,
-    ),
-    "HumanoidStandup-v5": dict(
-        forward=0.0, lift=1 / 0.003, alive=1.0, control=0.1, contact=5e-7, ends=False, noise=1e-2,
-    ),
-}  # fmt: skip
-
-
-class MjxLocomotion(Mjx):
-    """Gymnasium's Hopper, Walker2d, HalfCheetah, Ant, Humanoid and HumanoidStandup (v5)."""
-
-    forward, lift, alive, contact, ends, gaussian = 1.0, 0.0, 0.0, 0.0, True, False
-    height, pitch, limit = (-np.inf, np.inf), (-np.inf, np.inf), np.inf
-    clip_velocity = clip_force = np.inf
-
-    def __init__(self, gym_id: str):
-        self.robot = gym_id.removesuffix("-v5")
-        for name, value in MJX_TASKS[gym_id].items():
-            setattr(self, name, value)
-        super().__init__(gym_id)
-        self.planar = self.robot in ("Hopper", "Walker2d", "HalfCheetah")
-
-    def derive(self, data):
-        force = jnp.clip(data.cfrc_ext[1:], -self.clip_force, self.clip_force).ravel()
-        if self.robot == "Ant":
-            return data.xpos[1, 0], force
-        if self.robot.startswith("Humanoid"):
-            mass = self.model.body_mass / self.model.body_mass.sum()
-            inertia, velocity = data._impl.cinert[1:].ravel(), data.cvel[1:].ravel()
-            derived = jnp.concatenate([inertia, velocity, data.qfrc_actuator[6:], force])
-            return mass @ data.xipos[:, 0], derived
-        return super().derive(data)
-
-    def transition(self, state, action, rng=None, params=None) -> MjxState:
-        new = self.simulate(state, action)
-        return new._replace(x=new.qpos[0]) if self.planar else new  # here nothing lags behind
-
-    def observation(self, state, rng=None, params=None):
-        qvel = jnp.clip(state.qvel, -self.clip_velocity, self.clip_velocity)
-        return jnp.concatenate([state.qpos[1 if self.planar else 2 :], qvel, state.derived])
-
-    def healthy(self, state):
-        height, pitch = state.qpos[1:3] if self.planar else (state.qpos[2], 0.0)
-        upright = (self.height[0] < height) & (height < self.height[1])
-        upright &= (self.pitch[0] < pitch) & (pitch < self.pitch[1])
-        others = jnp.concatenate([state.qpos[2:], state.qvel])
-        return upright & (jnp.abs(others) < self.limit).all()
-
-    def reward(self, state, action, next_state, rng=None, params=None):
-        force = next_state.derived[-(self.model.nbody - 1) * 6 :]
-        costs = self.control * (action**2).sum()
-        costs += jnp.minimum(self.contact * (force**2).sum(), 10.0)
-        earned = self.forward * (next_state.x - state.x) / self.dt + self.lift * next_state.qpos[2]
-        return earned + self.alive * (self.healthy(next_state) | (not self.ends)) - costs
-
-    def terminal(self, state, rng=None, params=None):
-        return ~self.healthy(state) & self.ends
-
-
-# ==== end shared: mjx locomotion ====
-
-
-# ---- Gymnasium's tasks ----
-PENDULUM = "phys2d/Pendulum-v0"
-MUJOCO = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup")
-GYMNASIUM = (PENDULUM, *(f"{name}-{version}" for name in MUJOCO for version in ("v4", "v5")))
-
-
-class Pendulum(PendulumFunctional):
-    """Gymnasium's functional pendulum with the time limit of its registered version.
-
-    Swing up and balance; it never terminates. A good policy returns about -150, a random one
-    about -1200.
-    """
-
-    max_episode_steps = 200
-
-
-# ==== shared: data ====
-AUTO_COLLECT = 200_000  # transitions collected when a download fails: a minute or two, not an hour
-ACTION_LIMIT = 1 - 1e-5  # dataset actions are kept just inside the box
-
-
-def load_dataset(task, dataset_dir, success_timing):
-    """Transitions of a task -> (dict of arrays, source "official" or "collected ...").
-
-    Keys: observations, next_observations (N, D), actions (N, A), rewards, masks (0 after success),
-    terminals (1 at an episode's last row), each (N,). Looks for the official file, then for a
-    collected one; then downloads; then collects.
-    """
-    family, maze = task.base.split("-", 1)[0], task.base.split("-")[-1]
-    directory = Path(dataset_dir).expanduser()
-    official = directory / f"{task.dataset}.npz"
-    collected = directory / f"{task.dataset.removesuffix('-v0')}-v0.collected.npz"
-    if official.exists():
-        raw, source = read_npz(official), "official"
-    elif collected.exists():
-        raw, source = read_npz(collected), f"collected ({collected.name})"
-    elif family == "pointmaze" and maze in MAZES:
-        kind = task.dataset.split("-")[2]
-        raw = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
-        source = f"collected ({AUTO_COLLECT:,} transitions, in this script)"
-    elif download(task.dataset, directory):
-        raw, source = read_npz(official), "official"
-    else:
-        collect(task.dataset, directory)
-        raw, source = read_npz(collected), f"collected ({collected.name})"
-
-    keep = np.flatnonzero(~raw["terminals"].astype(bool))  # an episode's last row has no successor
-    data = {k: v[keep] for k, v in raw.items() if len(v) == len(raw["terminals"])}
-    data["next_observations"] = raw["observations"][keep + 1]
-    data["terminals"] = raw["terminals"][keep + 1].astype(np.float32)
-    point_maze = family == "pointmaze" and maze in MAZES
-    env = PointMaze(maze, task.index) if point_maze else make_host_env(task.gym_id, success_timing)
-    sizes = env.observation_space.shape[0], env.action_space.shape[0]
-    if sizes != (data["observations"].shape[1], data["actions"].shape[1]):
-        raise UserError(
-            f"the dataset belongs to another environment: {task.name} has observations and actions "
-            f"of {sizes[0]} and {sizes[1]} entries; put the right {task.dataset}.npz in {directory}"
-        )
-    if point_maze:  # what OGBench's relabelling does, without building its simulator
-        distance = np.linalg.norm(data["qpos"] - env.goal_xy, axis=-1)
-        data["masks"] = (distance > env.goal_tol).astype(np.float32)
-        data["rewards"] = -data["masks"]
-    else:
-        from ogbench.relabel_utils import relabel_dataset
-
-        relabel_dataset(task.gym_id, env, data)
-        env.close()
-    return data, source
-
-
-def read_npz(path):
-    """Read and check a raw OGBench file: observations (N, D), actions (N, A), terminals (N,)."""
-    try:
-        with np.load(path) as file:
-            raw = {k: file[k] for k in file.files if k != "metadata"}
-    except Exception as e:
-        raise UserError(f"cannot read {path} ({e}); delete it and start again") from e
-
-    def bad(what):
-        raise UserError(f"{path}: {what}; delete the file and download or collect it again")
-
-    for key, ndim in (("observations", 2), ("actions", 2), ("terminals", 1), ("qpos", 2)):
-        if key not in raw:
-            bad(f"no '{key}' in it")
-        if raw[key].ndim != ndim or len(raw[key]) != len(raw["terminals"]) or len(raw[key]) < 2:
-            bad(f"'{key}' has shape {raw[key].shape}")
-        if raw[key].dtype.kind not in "fb" or not np.isfinite(raw[key]).all():
-            bad(f"'{key}' is not floating point, or holds NaN or infinity")
-    if np.abs(raw["actions"]).max() > 1 + 1e-5:
-        bad("actions outside [-1, 1]")
-    if not raw["terminals"][-1]:
-        bad("the last row does not end an episode, so the file looks cut short")
-    return raw
-
-
-def download(dataset, directory):
-    """Fetch an official dataset with OGBench's own downloader -> whether it worked."""
-    import ogbench
-
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)
-    try:
-        ogbench.download_datasets([dataset], directory)
-        return True
-    except OSError as e:  # urllib's errors are among them
-        print(f"download of {dataset} failed: {e}", flush=True)
-        return False
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-def collect(dataset, directory):
-    """Collect a stand-in dataset with benchmark/collect.py, where the script has it beside it."""
-    tool = Path(__file__).resolve().parent.parent / "benchmark" / "collect.py"
-    if not tool.exists():
-        raise UserError(
-            f"no dataset {dataset} in {directory} and no download: put {dataset}.npz there, or "
-            f"make one with benchmark/collect.py of the CleanFlow repository"
-        )
-    print(
-        f"NOTICE: collecting {AUTO_COLLECT:,} transitions with {tool.name} instead (a small set, "
-        f"so that this run starts soon); results are labelled 'collected' and do not compare with "
-        f"published ones. For a full-size set: python {tool} {dataset}",
-        flush=True,
-    )
-    command = [sys.executable, str(tool), dataset, "--num-transitions", str(AUTO_COLLECT)]
-    if subprocess.run([*command, "--dataset-dir", str(directory)]).returncode:
-        raise UserError(f"collecting {dataset} failed; see the message above")
-
-
-# ==== end shared: data ====
-
-
-# ==== shared: replay ====
-def make_replay(capacity, obs_dim, act_dim):
-    """Empty ring of online rows; `added` counts all rows ever written."""
-    shapes = dict(obs=(obs_dim,), next_obs=(obs_dim,), actions=(act_dim,))
-    shapes |= dict(rewards=(), masks=(), terminals=())
-    rows = {k: jnp.zeros((capacity, *shape)) for k, shape in shapes.items()}
-    return dict(rows=rows, added=jnp.zeros((), jnp.int32))
-
-
-def insert(replay, new_rows):
-    """Write E rows (dict of (E, ...)) at the ring's pointer; the capacity is a multiple of E."""
-    num_rows = new_rows["rewards"].shape[0]
-    start = replay["added"] % replay["rows"]["rewards"].shape[0]
-
-    def write(ring, new):
-        return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), start, axis=0)
-
-    rows = jax.tree.map(write, replay["rows"], new_rows)
-    return dict(rows=rows, added=replay["added"] + num_rows)
-
-
-# ==== end shared: replay ====
-
-
-# ==== shared: chunks ====
-def chunk_data(data):
-    """Put a dataset on the device, row by row, for windows of consecutive rows."""
-    names = dict(obs="observations", next_obs="next_observations", actions="actions")
-    names |= {k: k for k in ("rewards", "masks", "terminals")}
-    rows = {k: jnp.asarray(data[name], jnp.float32) for k, name in names.items()}
-    return rows | dict(actions=jnp.clip(rows["actions"], -ACTION_LIMIT, ACTION_LIMIT))
-
-
-def sample_chunks(
-    key, data, replay, batch_size, horizon, gamma, pool=None, added=None, limit=None, stride=1
-):
-    """Windows of `horizon` rows H, i.i.d. and uniform over all starts in dataset and ring.
-
-    No window joins the two or crosses the ring's pointer. `pool`: size of the first-in first-out
-    pool in which dataset rows leave first (None: they stay). Of the ring only the `limit` newest
-    of the first `added` rows ever written count (None: all), and rows of one environment lie
-    `stride` apart. `data` or `replay` may be None.
-
-    Returns obs (B, D), actions (B, H * A) in order of time, returns (B,) = sum gamma^k r_k,
-    discounts (B,) = gamma^H min_k mask_k, next_obs behind the last row, and valid (B, H): 1 up to
-    the first end of an episode and 0 behind it.
-    """
-    num_data = 0 if data is None else data["rewards"].shape[0]
-    num_online, dropped, steps = 0, 0, jnp.arange(horizon)
-    if replay is not None:
-        ring, capacity = replay["rows"], replay["rows"]["rewards"].shape[0]
-        added = replay["added"] if added is None else added
-        num_online = jnp.minimum(added, capacity if limit is None else limit)
-        if pool is not None:
-            dropped = jnp.clip(num_data + added - max(pool, num_data + 1), 0, num_data)
-    num_offline_starts = jnp.maximum(num_data - dropped - (horizon - 1), 0)
-    num_online_starts = jnp.maximum(num_online - (horizon - 1) * stride, 0)
-    draw = jax.random.randint(key, (batch_size,), 0, num_offline_starts + num_online_starts)
-
-    def windows(rows, index):  # index (B, H)
-        inner = {k: rows[k][index] for k in ("actions", "rewards", "masks", "terminals")}
-        return dict(obs=rows["obs"][index[:, 0]], next_obs=rows["next_obs"][index[:, -1]], **inner)
-
-    parts = []
-    if data is not None:
-        start = jnp.minimum(dropped + draw, num_data - horizon)
-        parts.append(windows(data, start[:, None] + steps))
-    if replay is not None:
-        start = added - num_online + draw - num_offline_starts  # counted from the first row ever
-        parts.append(windows(ring, (start[:, None] + steps * stride) % capacity))
-    offline = draw < num_offline_starts
-    pick = lambda *x: jnp.where(offline.reshape(-1, *[1] * (x[0].ndim - 1)), x[0], x[-1])
-    rows = jax.tree.map(pick, *parts)
-    ended = jnp.cumsum(rows["terminals"], axis=1) - rows["terminals"]  # before row k
-    return dict(
-        obs=rows["obs"],
-        actions=rows["actions"].reshape(batch_size, -1),
-        returns=(gamma**steps * rows["rewards"]).sum(axis=1),
-        discounts=gamma**horizon * rows["masks"].min(axis=1),
-        next_obs=rows["next_obs"],
-        valid=(ended == 0).astype(jnp.float32),
-    )
-
-
-# ==== end shared: chunks ====
 
 
 # ---- networks ----
@@ -1584,11 +637,10 @@ def critic_loss(params, stats, target, nets, args, batch, next_action, next_cost
         next_q, _ = nets.critic(*target, *inputs[1])
     value = aggregate(next_q, args) - next_cost
     y = jax.lax.stop_gradient(batch["returns"] + batch["discounts"] * value)
-    errors = batch["valid"][:, -1] * (q - y) ** 2  # 0 where an episode ended inside the chunk
     if args.mode == "online":
-        loss = errors.sum(axis=0).mean() * (0.5 if args.critic == "brn" else 1.0)
-    else:
-        loss = errors.mean()
+        loss = ((q - y) ** 2).sum(axis=0).mean() * (0.5 if args.critic == "brn" else 1.0)
+    else:  # 0 where an episode ended inside the chunk
+        loss = (batch["valid"][:, -1] * (q - y) ** 2).mean()
     return loss, ({"critic_loss": loss, "q": q.mean(), "td_target": y.mean()}, stats)
 
 
@@ -1644,12 +696,6 @@ class TrainState:
     obs_std: jax.Array
     seed: jax.Array
     step: jax.Array  # critic updates
-
-
-class PhaseSettings(NamedTuple):
-    """What differs between the phases; traced, so that a switch recompiles nothing."""
-
-    beta: jax.Array
 
 
 def optimizers(args):
@@ -1709,17 +755,11 @@ def critic_step(state, batch, key, nets, args):
     return state.replace(stats=state.stats | {"critic": stats}, step=state.step + 1), info
 
 
-def actor_step(state, judge, batch, key, settings, nets, args, kind):
-    """One Adam step of the actor, by flow matching ("bc") or up the critic of `judge` ("rl"), and
-    with --autotune one of the temperature."""
-    actor = (state.params["actor"], state.stats["actor"], nets, args, batch)
-    if kind == "bc":
-        grads, (info, _) = jax.grad(flow_matching_loss, has_aux=True)(*actor, key)
-        return descend(state, "actor", grads, args), info
-    critic = (judge.params["critic"], judge.stats["critic"])
+def actor_step(state, critic, batch, key, beta, nets, args):
+    """One Adam step of the actor up the critic (params, stats), then one of the temperature."""
     alpha = temperature(state, args)
     grads, (info, stats) = jax.grad(actor_loss, has_aux=True)(
-        *actor, critic, alpha, settings.beta, key
+        state.params["actor"], state.stats["actor"], nets, args, batch, critic, alpha, beta, key
     )
     state = descend(state, "actor", grads, args)
     state = state.replace(stats=state.stats | {"actor": stats})
@@ -1730,36 +770,1278 @@ def actor_step(state, judge, batch, key, settings, nets, args, kind):
     return state, info | {"alpha": alpha}
 
 
-def update(state, batches, key, settings, nets, args, kind="rl"):
-    """One critic step on each of the policy_delay batches, then an actor step on the last one.
+def clone_step(state, batch, key, nets, args):
+    """One Adam step of the actor by flow matching."""
+    actor = (state.params["actor"], state.stats["actor"], nets, args, batch, key)
+    grads, (info, _) = jax.grad(flow_matching_loss, has_aux=True)(*actor)
+    return descend(state, "actor", grads, args), info
 
-    batch: obs, next_obs (B, D), actions (B, H * A), returns, discounts (B,), valid (B, H); see
-    `sample_chunks`. Offline-to-online both steps start from the same parameters, as one joint step.
+
+def make_update(nets, args, clone=False):
+    """update(state, batches, key, beta) -> (state, metrics): a critic step on each of policy_delay
+    batches, then one of actor and temperature on the last (`clone`: one of flow matching).
+
+    batch: obs, next_obs (B, D), actions (B, H * A), returns, discounts (B,), and of chunks also
+    valid (B, H); see `sample` and `sample_chunks`. Offline-to-online both are one joint step: the
+    actor climbs the critic as it was before.
     """
-    actor_key, *keys = jax.random.split(key, len(batches) + 1)
-    infos = []
-    for batch, critic_key in zip(batches, keys, strict=True):
-        before = state
-        state, info = critic_step(state, batch, critic_key, nets, args)
-        infos.append(info)
-    judge = before if args.mode == "offline-to-online" else state
-    state, actor_info = actor_step(state, judge, batches[-1], actor_key, settings, nets, args, kind)
-    return state, jax.tree.map(lambda *x: sum(x) / len(x), *infos) | actor_info
+
+    def update(state, batches, key, beta):
+        actor_key, *keys = jax.random.split(key, len(batches) + 1)
+        infos = []
+        for batch, critic_key in zip(batches, keys, strict=True):
+            before = state
+            state, info = critic_step(state, batch, critic_key, nets, args)
+            infos.append(info)
+        if clone:
+            state, info = clone_step(state, batches[-1], actor_key, nets, args)
+        else:
+            at = state if args.mode == "online" else before
+            critic = at.params["critic"], at.stats["critic"]
+            state, info = actor_step(state, critic, batches[-1], actor_key, beta, nets, args)
+        return state, jax.tree.map(lambda *x: sum(x) / len(x), *infos) | info
+
+    return update
 
 
-def policy(state, obs, key, nets, args, deterministic=False):
-    """Actions (H * A,) of the next H steps for one raw observation (D,)."""
-    obs = ((obs - state.obs_mean) / state.obs_std)[None]
-    actor = (state.params["actor"], state.stats["actor"], nets, args, obs)
-    if deterministic:
-        path, _ = rollout(*actor, None, args.sigma_inference)
-        return args.action_scale * jnp.tanh(path.x[-1, 0])
-    return sample_action(*actor, key, args.sigma_inference)[0][0]
+def make_policy(nets, args):
+    """policy(state, obs, key, deterministic=False): raw observation (D,) -> the actions (H * A,) of
+    the next H steps."""
+
+    def policy(state, obs, key, deterministic=False):
+        obs = ((obs - state.obs_mean) / state.obs_std)[None]
+        actor = (state.params["actor"], state.stats["actor"], nets, args, obs)
+        if deterministic:
+            path, _ = rollout(*actor, None, args.sigma_inference)
+            return args.action_scale * jnp.tanh(path.x[-1, 0])
+        return sample_action(*actor, key, args.sigma_inference)[0][0]
+
+    return policy
+
+
+# ---- training ----
+# What a dispatch changes, the carry, is a dict of arrays with a leading axis of seeds, which a
+# program's steps do not see. Always: state, a TrainState, and sums, the metrics since the last log.
+# Online also: replay, a ring of C rows = {obs, next_obs (C, D), actions (C, A), rewards, masks,
+# terminals (C,)} and added, their number so far; returns (E,) of the episodes under way; recent,
+# the last 20 episodes' returns; and on JAX environments envs: their states, the chunks (E, H, A) of
+# actions being played, and how many of each are taken (E,).
+def block_steps(args):
+    """Steps of all environments after which a whole number of actor updates is due. With one
+    environment, three steps and then three critic updates and one of the actor equal step after
+    step: the actor that acts is the same, and each update sees the rows that it would have seen."""
+    return int(args.policy_delay // np.gcd(args.policy_delay, args.num_envs * args.utd))
+
+
+def make_learn(nets, args, *updates):
+    """learn(carry, data, beta, first=0) -> carry: draw policy_delay batches and take each of the
+    `updates` on them; the first batch is that of critic update `first` of its block."""
+
+    def draw(key, data, replay, number):
+        if replay is not None:  # the rows that existed at the step of that critic update
+            later = block_steps(args) - 1 - number // (args.num_envs * args.utd)
+            replay = replay | {"added": replay["added"] - args.num_envs * later}
+        if data is None:
+            return sample(key, replay, args.batch_size, args.gamma, args.buffer_size)
+        return sample_chunks(
+            key, data, replay, args.batch_size, args.horizon_length, args.gamma,
+            limit=args.buffer_size, stride=args.num_envs,
+        )  # fmt: skip
+
+    def learn(carry, data, beta, first=0):
+        state, replay, batches, metrics = carry["state"], carry.get("replay"), [], {}
+        for j in range(args.policy_delay):
+            key = jax.random.split(purpose_key(state.seed, "update", state.step + j))[0]
+            batch = draw(key, data, replay, first + j)
+            for name in ("obs", "next_obs"):
+                batch[name] = (batch[name] - state.obs_mean) / state.obs_std
+            batches.append(batch)
+        for update in updates:
+            key = jax.random.split(purpose_key(state.seed, "update", state.step))[1]
+            state, info = update(state, batches, key, beta)
+            metrics |= info
+        sums = add_sums(carry.get("sums"), metrics, args.policy_delay)
+        return carry | {"state": state, "sums": sums}
+
+    return learn
+
+
+def make_learn_block(nets, args):
+    """learn_block(carry, data, beta) -> carry: all updates of a block of the online phase."""
+    learn = make_learn(nets, args, make_update(nets, args))
+    groups = block_steps(args) * args.num_envs * args.utd // args.policy_delay
+
+    def learn_block(carry, data, beta):
+        def body(g, part):  # without the replay, which they only read
+            after = learn(carry | part, data, beta, g * args.policy_delay)
+            return {k: after[k] for k in part}
+
+        return carry | jax.lax.fori_loop(0, groups, body, {k: carry[k] for k in ("state", "sums")})
+
+    return learn_block
+
+
+def make_act(nets, args, random=False):
+    """act(state, obs (E, D), time) -> chunks (E, H, A) at online step `time`, the policy's or
+    `random` ones, uniform over the action box."""
+    policy = make_policy(nets, args)
+
+    def act(state, obs, time):
+        key, rows = purpose_key(state.seed, "act", time), len(obs)
+        if random:
+            actions = jax.random.uniform(key, (rows, 1, nets.dim), minval=-1, maxval=1)
+            return args.action_scale * actions
+        chunks = jax.vmap(policy, in_axes=(None, 0, 0))(state, obs, jax.random.split(key, rows))
+        return chunks.reshape(rows, args.horizon_length, -1)
+
+    return act
+
+
+def make_phases(task, env, data, nets, args, sizes):
+    """The offline phases and, if asked for, the online ones: without updates, then with them."""
+    update, clone = make_update(nets, args), make_update(nets, args, clone=True)
+    offline = [("offline", 0, args.offline_steps, clone, update)]
+    if args.offline_schedule == "sequential":
+        middle = round(args.bc_fraction * args.offline_steps)
+        offline = [("cloning", 0, middle, clone), ("offline", middle, args.offline_steps, update)]
+    phases = []
+    for name, start, end, *updates in offline:
+        program = Program(make_learn(nets, args, *updates), data, jnp.float32(args.beta or 0))
+        phases += [Phase(name, start, end, program)] * (start < end)
+    if not args.online_steps:
+        return phases
+    act, random = make_act(nets, args), make_act(nets, args, random=True)
+    chunks = dict(horizon=args.horizon_length, sparse=args.sparse)
+    block = make_learn_block(nets, args), block_steps(args)
+    play = Play(act, *block, **chunks, learn_first=args.num_envs > 1)
+    warm_up = Play(random if args.mode == "online" else act, None, **chunks, count=False)
+    first, steps = whole_blocks(args, env)
+    inputs = data, jnp.float32(args.beta_online or 0)
+    args = dataclasses.replace(args, online_steps=steps)
+    return phases + online_phases(
+        task, env, play, args, ring_rows(args), sizes, inputs, warm_up, first
+    )
+
+
+def start_carry(args, data, nets, state):
+    """States of all seeds, and metric sums of all that a learn step of any phase reports."""
+    carry, updates = {"state": state}, [make_update(nets, args)]
+    if data is None:  # of an update from the replay, which is not there yet
+        replay = lambda seed: make_replay(1, state.obs_mean.shape[-1], nets.dim)
+        carry["replay"] = jax.vmap(replay)(state.seed)
+    else:
+        updates.append(make_update(nets, args, clone=True))
+    learn = make_learn(nets, args, *updates)
+    return dict(state=state, sums=zero_sums(learn, carry, data, jnp.float32(0)))
+
+
+def train(args, task):
+    """Online: random steps, then blocks of steps and their updates. Offline-to-online: offline,
+    steps without updates, then the same blocks."""
+    env = make_jax_env(task, args)
+    args, sizes = fit_to_env(args, task, env)
+    raw, source, data = None, "none: online from scratch", None
+    mean, std = jnp.zeros(sizes[0]), jnp.ones(sizes[0])
+    if args.mode == "offline-to-online":
+        raw, source = load_dataset(task, args)
+        if args.sparse:
+            raw["rewards"] = -(raw["rewards"] != 0).astype(np.float32)
+        data = place(chunk_data(raw), args.num_seeds, copy=True)
+        mean, std = observation_scale(data, args)
+    nets = make_networks(args, sizes[1])
+    phases = make_phases(task, env, data, nets, args, sizes)
+    carry = start_carry(args, data, nets, start_states(args, *sizes, mean, std))
+    carry, step = resume(carry, phases, args)
+    policies = evaluation_policies(nets, args)
+    run = Run(args, task, source, raw, policies, step)
+    evaluate = make_evaluate(task, env, policies, args)
+    run.finish(train_loop(run, carry, phases, evaluate, nets))
+
+
+def evaluation_policies(nets, args):
+    """How to act in evaluation: with the policy's noise (the published numbers' way) or without."""
+    policy = make_policy(nets, args)
+    return dict(stochastic=policy, deterministic=functools.partial(policy, deterministic=True))
+
+
+# ==== shared: training loop ====
+def train_loop(run, carry, phases, evaluate, nets):
+    """Run the phases dispatch by dispatch, each about a second, so that the bar moves and Ctrl-C is
+    heard; what is computed and logged does not depend on how long they are. Between dispatches log,
+    evaluate and save. Returns the last evaluation."""
+    if run.step >= phases[-1].end:  # stopped between its last checkpoint and result.json
+        return evaluate(carry["state"], run.step)
+    for phase in (p for p in phases if run.step < p.end):
+        if run.step == phase.start:
+            carry = phase.enter(carry)
+        run.begin(phase)
+        while run.step < phase.end:
+            n, start = run.iterations(), time.perf_counter()
+            carry = phase.advance(carry, n)
+            sums = jax.device_get(carry["sums"])
+            run.note(n, sums, time.perf_counter() - start)
+            log, evaluation, save = run.due()
+            if log or evaluation:
+                values = run.averages(sums, carry)
+                zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
+                carry = carry | {"sums": place(zeros, len(run.seeds))}
+            if evaluation:
+                results = evaluate(carry["state"], run.step)
+                values |= run.note_evaluation(results)
+            if log or evaluation:
+                run.log(values)
+            stopping = run.stop.number is not None and run.step < phases[-1].end
+            if save or stopping:
+                carry = phase.restart(carry) if phase.restart else carry
+                run.save(carry)
+            if stopping:
+                run.leave()
+        run.end_phase(nets, carry["state"])
+    return results
+
+
+# ==== end shared: training loop ====
+
+
+# ---- main ----
+def main(args):
+    """Resolve the arguments, then train or evaluate."""
+    task = parse_task(args.env_id, args.dataset_dir)
+    args = resolve(args, task)
+    if args.matmul_precision != "default":
+        jax.config.update("jax_default_matmul_precision", args.matmul_precision)
+    return evaluate_only(args, task) if args.evaluate else train(args, task)
+
+
+# region support: nothing below belongs to the method, and nearly all is the same in every script
+# ==== shared: imports ====
+import csv
+import difflib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import textwrap
+import zlib
+from types import MappingProxyType
+
+from gymnasium.experimental.functional import FuncEnv
+from tqdm import tqdm
+
+# ==== end shared: imports ====
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one sentence, exit code 2."""
+
+
+# ==== shared: tasks ====
+OGBENCH = {  # family: (variants, dataset types, default first; default task)
+    "pointmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch"), 1),
+    "antmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch", "explore"), 1),
+    "humanoidmaze": (("medium", "large", "giant"), ("navigate", "stitch"), 1),
+    "antsoccer": (("arena", "medium"), ("navigate", "stitch"), 4),
+    "cube": (("single", "double", "triple", "quadruple"), ("play", "noisy"), 2),
+    "scene": (("",), ("play", "noisy"), 2),
+    "puzzle": (("3x3", "4x4", "4x5", "4x6"), ("play", "noisy"), 4),
+}
+PUZZLE_DEFAULT_TASK = {"puzzle-4x5": 2, "puzzle-4x6": 2}
+TASK_FILES = ("d4rl", "robomimic", "multi-crescent", "energy-toy")  # those of the repository
+
+
+class Task(NamedTuple):
+    """One task: `name` is the full id, `base` what the task table is looked up with."""
+
+    name: str  # antmaze-large-navigate-singletask-task1-v0
+    base: str  # antmaze-large
+    gym_id: str = ""  # antmaze-large-singletask-task1-v0, the official environment
+    dataset: str = ""  # antmaze-large-navigate-v0, the official data
+    index: int = 1
+    success: bool = True  # whether there is such a thing; else only the return counts
+    source: tuple = ()  # of a task file: (path, name, dataset_dir)
+    parts: Any = MappingProxyType({})  # what that file's make_task says
+
+    @property
+    def official(self):
+        """Whether there is an environment for gymnasium.vector."""
+        return bool(self.gym_id or "make_env" in self.parts)
+
+
+def parse_task(env_id, dataset_dir="~/.ogbench/data"):
+    """OGBench single-task id or short name, Gymnasium id, or FILE.py:NAME -> Task."""
+    suite, _, name = env_id.partition("/")
+    path, _, file_name = env_id.rpartition(":")
+    if suite in TASK_FILES:
+        short = f"{suite.replace('-', '_')}.py"
+        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / short
+        if not path.is_file():
+            raise UserError(
+                f"{env_id} needs benchmark/tasks/{short} of the CleanFlow repository: copy that "
+                f"file and give --env-id {short}:{name or env_id}"
+            )
+        return load_task(env_id, path, name or env_id, dataset_dir)
+    if path.endswith(".py"):
+        return load_task(f"{Path(path).stem}/{file_name}", Path(path), file_name, dataset_dir)
+    tasks = {}
+    for family, (variants, kinds, default) in OGBENCH.items():
+        for base in (f"{family}-{v}" if v else family for v in variants):
+            for kind in kinds:
+                for i in (0, 1, 2, 3, 4, 5):
+                    index = i or PUZZLE_DEFAULT_TASK.get(base, default)
+                    name = f"{base}-{kind}-singletask-task{index}-v0"
+                    gym_id = f"{base}-singletask-task{index}-v0"
+                    task = Task(name, base, gym_id, f"{base}-{kind}-v0", index)
+                    suffix = f"-task{i}" if i else ""
+                    tasks[f"{base}-{kind}-singletask{suffix}-v0"] = task
+                    tasks[f"{base}-{kind}{suffix}"] = task
+                    if kind == kinds[0]:
+                        tasks[f"{base}{suffix}"] = task
+    if env_id in tasks:
+        return tasks[env_id]
+    if env_id in gymnasium.registry or env_id in JAX_ENVS:
+        return Task(env_id, env_id, "" if env_id in JAX_ENVS else env_id, success=False)
+    names = [*tasks, *JAX_ENVS, *gymnasium.registry]
+    close = difflib.get_close_matches(env_id, names, n=3, cutoff=0.3)
+    raise UserError(f"unknown task '{env_id}'; close matches: {', '.join(close) or 'none'}")
+
+
+def load_file(path):
+    """Import a Python file by its path; its own imports must be installed packages."""
+    try:
+        spec = importlib.util.spec_from_file_location(f"cleanflow_{Path(path).stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    except (OSError, ImportError, SyntaxError) as e:
+        raise UserError(f"cannot load {path}: {e}") from e
+    return module
+
+
+def ask(function, *inputs):
+    """Call a function of a task file; what it raises for the user becomes one sentence."""
+    try:
+        return function(*inputs)
+    except (ValueError, OSError, ImportError) as e:
+        raise UserError(" ".join(str(e).split())) from e
+
+
+def load_task(task_name, path, name, dataset_dir):
+    """make_task(name, dataset_dir) of a task file -> Task; see README for what it returns."""
+    make_task = getattr(load_file(path), "make_task", None)
+    if make_task is None:
+        raise UserError(f"{path} has no function make_task(name, dataset_dir); see README")
+    parts = ask(make_task, name, dataset_dir)
+    if not isinstance(parts, dict) or not {"env", "make_env"} & set(parts):
+        raise UserError(f"make_task of {path} must return a dict with 'env' or 'make_env'")
+    known = ("env", "make_env", "data", "success", "score", "defaults", "critic", "after_phase")
+    if unknown := sorted(set(parts) - set(known)):
+        raise UserError(f"make_task of {path} returns '{unknown[0]}', but may return {known}")
+    lacks = [m for m in ("initial", "transition", "max_episode_steps") if "env" in parts
+             and not hasattr(parts["env"], m)]  # fmt: skip
+    if lacks:
+        raise UserError(f"the environment 'env' of {path} lacks '{lacks[0]}'; see README")
+    source = (str(Path(path).resolve()), name, dataset_dir)
+    success = parts.get("success", True)
+    return Task(task_name, task_name, success=success, source=source, parts=parts)
+
+
+def make_jax_env(task, args):
+    """The task's environment as pure functions, or None where only the official one exists."""
+    maze, backend = task.base.removeprefix("pointmaze-"), args.env_backend
+    if backend == "mjx" and task.gym_id:
+        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / "mjx.py"
+        if not path.is_file():
+            raise UserError(f"--env-backend mjx needs {path.name} of the CleanFlow repository")
+        return ask(load_file(path).make_env, task.gym_id, args.success_timing)
+    if backend in ("auto", "jax") and task.parts.get("env"):
+        return task.parts["env"]
+    if backend in ("auto", "jax") and task.base in JAX_ENVS:
+        return JAX_ENVS[task.base]()
+    if backend in ("auto", "jax") and task.base != maze and maze in MAZES:
+        return PointMaze(maze, task.index, args.success_timing)
+    if backend in ("jax", "mjx") or not task.official:
+        raise UserError(f"{task.name} has no {backend} environment; drop --env-backend")
+    return None
+
+
+# ==== end shared: tasks ====
+
+
+# ==== shared: point mazes ====
+# OGBench's point mazes, one word per row from the smallest y upwards, # is a wall; then the five
+# single tasks as (start row, start column, goal row, goal column).
+MAZES = {
+    "medium": (
+        "######## #..##..# #..#...# ##...### #..#...# #.#..#.# #...#..# ########",
+        ((1, 1, 6, 6), (6, 1, 1, 6), (5, 3, 4, 2), (6, 5, 6, 1), (2, 6, 1, 1)),
+    ),
+    "large": (
+        "############ #....#.....# #.##.#.#.#.# #......#...# #.####.###.# "
+        "#..#.#.....# ##.#.#.#.### #..#...#...# ############",
+        ((1, 1, 7, 10), (5, 4, 7, 1), (7, 4, 1, 10), (3, 8, 5, 4), (1, 1, 5, 4)),
+    ),
+    "giant": (
+        "################ #.#......##....# #.#.##.#.#..##.# #...#..#...#...# "
+        "#.###.######.#.# #...#...#....#.# ###.#.#..#.#.### #...#..#...#...# "
+        "#.#.#.######.#.# #.###...#...##.# #.....#...#....# ################",
+        ((1, 1, 10, 14), (1, 14, 10, 1), (8, 14, 1, 1), (8, 3, 5, 12), (5, 9, 3, 8)),
+    ),
+}
+CELL, RADIUS = 4.0, 0.7  # width of a cell; radius of the ball
+STEP_SIZE, SUBSTEPS, TIMESTEP = 0.2, 5, 0.02  # displacement at |a| = 1; RK4 steps and their length
+
+
+def wall_acceleration(px, py, vx, vy, walls):
+    """Acceleration that MuJoCo's soft contacts give a ball near a meeting point of four cells.
+
+    The origin is that meeting point and the ball's own cell lies at px, py < 0. `walls` says which
+    of the cells across x, across y and across both are walls. MuJoCo minimises
+    |a|^2 / 2 + sum_rows w min(J a - aref, 0)^2 / 2 (here divided by the mass, which cancels).
+    """
+    # solref 0.02 is raised to 2 * timestep (refsafe): K = 1 / (dmax tc)^2, B = 2 / (dmax tc)
+    dmin, dmax, width, tc = 0.9, 0.95, 0.001, 2 * TIMESTEP  # solimp and time constant
+    stiffness, damping = 1 / (dmax * tc) ** 2, 2 / (dmax * tc)
+    rows = []
+    own_x, own_y = jnp.minimum(px, 0), jnp.minimum(py, 0)
+    over_x, over_y = jnp.maximum(px, 0), jnp.maximum(py, 0)
+    offsets = ((own_x, over_y), (over_x, own_y), (own_x, own_y))  # ball - nearest point of the cell
+    for wall, (dx, dy) in zip(walls, offsets, strict=True):
+        distance = jnp.sqrt(jnp.maximum(dx * dx + dy * dy, 1e-12))
+        nx, ny, depth = dx / distance, dy / distance, RADIUS - distance
+        x = jnp.clip(depth / width, 0, 1)
+        y = jnp.where(x < 0.5, 2 * x * x, 1 - 2 * (1 - x) ** 2)
+        impedance = dmin + y * (dmax - dmin)
+        # w = 1 / R with R = (1 - imp) / imp * 2 mu^2 (1 + mu^2) * invweight, friction mu = 1 and
+        # mass * invweight = 2/3 (MuJoCo averages 1/m, 1/m and the locked z axis' 0)
+        w = jnp.where(wall & (depth > 0), impedance / (1 - impedance) / (4 * 2 / 3), 0)
+        # The friction pyramid's edges are n +- t with t in the plane and n +- z; the ball cannot
+        # move along z, so the last two are both n.
+        for jx, jy, weight in ((nx - ny, ny + nx, w), (nx + ny, ny - nx, w), (nx, ny, 2 * w)):
+            aref = stiffness * impedance * depth - damping * (jx * vx + jy * vy)
+            rows.append((jx, jy, weight, aref))
+
+    def newton(_, a):
+        ax, ay = a
+        gx, gy, hxx, hxy, hyy = ax, ay, 1.0, 0.0, 1.0
+        for jx, jy, weight, aref in rows:
+            residual = jx * ax + jy * ay - aref
+            active = jnp.where(residual < 0, weight, 0)  # contacts push, they never pull
+            gx, gy = gx + active * residual * jx, gy + active * residual * jy
+            hxx, hyy = hxx + active * jx * jx, hyy + active * jy * jy
+            hxy = hxy + active * jx * jy
+        det = hxx * hyy - hxy * hxy
+        return ax - (hyy * gx - hxy * gy) / det, ay - (hxx * gy - hxy * gx) / det
+
+    # Piecewise quadratic, so exact once the active rows are found: six steps did for each of two
+    # million random states, nearly always four.
+    return jax.lax.fori_loop(0, 6, newton, (jnp.zeros_like(px), jnp.zeros_like(px)))
+
+
+class PointMazeState(NamedTuple):
+    xy: jax.Array
+    success: jax.Array  # did the last transition reach the goal?
+
+
+class PointMaze(FuncEnv):
+    """OGBench's pointmaze-{medium,large,giant} with a fixed task, as pure functions.
+
+    MuJoCo's contact dynamics, written out for a ball and the cells around it: a step agrees with
+    the official environment to 1e-12 in float64 (1e-8 where MuJoCo's solver stops early, a few
+    times in 100,000 steps) and to 1e-5 in float32, unless an action carries the ball's centre into
+    a wall (|a_i| > 3 could). As there, actions are not clipped.
+    """
+
+    max_episode_steps = 1000
+    goal_tol = 1.0
+
+    def __init__(self, maze: str, task: int = 1, success_timing: str = "post"):
+        super().__init__()
+        if maze not in MAZES or task not in range(1, 6) or success_timing not in ("pre", "post"):
+            raise ValueError(f"no point maze {maze!r}, task {task}, timing {success_timing!r}")
+        rows, tasks = MAZES[maze]
+        self.maze_map = np.array([[c == "#" for c in row] for row in rows.split()], np.int64)
+        self.start_xy = self.ij_to_xy(np.array(tasks[task - 1][:2]))
+        self.goal_xy = self.ij_to_xy(np.array(tasks[task - 1][2:]))
+        self.success_timing = success_timing
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+    def ij_to_xy(self, ij):
+        return CELL * ij[..., ::-1] - CELL
+
+    def xy_to_ij(self, xy):
+        return jnp.floor((xy[..., ::-1] + 1.5 * CELL) / CELL).astype(int)
+
+    def move(self, xy, action):
+        """Position and velocity after one step; the ball starts each step at rest."""
+        xy = xy + STEP_SIZE * action
+        ij = self.xy_to_ij(xy)
+        from_centre = xy - self.ij_to_xy(ij)
+        # Mirror the plane so that the ball sits in the lower left of the four nearest cells. The
+        # meeting point as the origin also keeps float32 accurate far from the maze's corner.
+        side = jnp.where(from_centre < 0, -1, 1)
+        p = jnp.abs(from_centre) - CELL / 2
+        (i, j), (sx, sy), wall = ij, side, jnp.asarray(self.maze_map == 1)
+        walls = wall[i, j + sx], wall[i + sy, j], wall[i + sy, j + sx]
+
+        def derivative(s):
+            return (*s[2:], *wall_acceleration(*s, walls))
+
+        def advance(s, h, k):
+            return tuple(a + h * b for a, b in zip(s, k, strict=True))
+
+        def rk4(s, _):
+            k1 = derivative(s)
+            k2 = derivative(advance(s, TIMESTEP / 2, k1))
+            k3 = derivative(advance(s, TIMESTEP / 2, k2))
+            k4 = derivative(advance(s, TIMESTEP, k3))
+            ends, middle = advance(k1, 1, k4), advance(k2, 1, k3)
+            return advance(s, TIMESTEP / 6, advance(ends, 2, middle)), None
+
+        # Scalars rather than vectors: under vmap each becomes one (batch,) array, which XLA fuses.
+        state = (p[0], p[1], jnp.zeros_like(p[0]), jnp.zeros_like(p[0]))
+        state, _ = jax.lax.scan(rk4, state, None, length=SUBSTEPS)
+        return xy + side * (jnp.stack(state[:2]) - p), side * jnp.stack(state[2:])
+
+    def initial(self, rng: Any, params: Any = None) -> PointMazeState:
+        xy = self.start_xy + jax.random.uniform(rng, (2,), minval=-1, maxval=1)
+        return PointMazeState(xy, jnp.asarray(False))
+
+    def transition(self, state, action, rng=None, params=None) -> PointMazeState:
+        xy, _ = self.move(state.xy, action)
+        judged = xy if self.success_timing == "post" else state.xy
+        return PointMazeState(xy, jnp.linalg.norm(judged - self.goal_xy) <= self.goal_tol)
+
+    def observation(self, state, rng=None, params=None):
+        return state.xy
+
+    def reward(self, state, action, next_state, rng=None, params=None):
+        return next_state.success.astype(jnp.float32) - 1
+
+    def terminal(self, state, rng=None, params=None):
+        return state.success
+
+    def success(self, state):
+        return state.success
+
+
+def maze_paths(maze_map):
+    """Shortest-path lengths between cells and the next cell on the way, both [from, to].
+
+    Cells are numbered row by row. A wall or the goal itself leads nowhere: next = from. Among
+    equally short ways the order up, left, down, right decides, as in OGBench.
+    """
+    size, free = maze_map.size, np.flatnonzero(maze_map == 0)
+    width = maze_map.shape[1]
+    neighbours = free + np.array([-width, -1, width, 1])[:, None]
+    length = np.full((size, size), size)  # `size` means unreachable
+    length[free, free] = 0
+    for _ in free:
+        length[free] = np.minimum(length[free], length[neighbours].min(0) + 1)
+    step = neighbours[length[neighbours].argmin(0), np.arange(len(free))[:, None]]
+    next_cell = np.tile(np.arange(size)[:, None], size)
+    closer = length[neighbours].min(0) < length[free]
+    next_cell[free] = np.where(closer, step, next_cell[free])
+    return length, next_cell
+
+
+def collect_pointmaze(
+    maze: str,
+    num_transitions: int,
+    seed: int = 0,
+    dataset_type: str = "navigate",
+    with_goals: bool = False,
+) -> dict[str, np.ndarray]:
+    """Collect a dataset as OGBench made its own, in the layout of its files.
+
+    The controller walks from cell to cell along the shortest path with Gaussian action noise.
+    navigate: a new goal whenever one is reached; stitch: one goal, four cells away. An episode of
+    n + 1 rows holds n transitions (OGBench's 1M: 1000 episodes of 1001 rows; giant 500 of 2001;
+    stitch 5000 of 201), and the number of episodes is rounded up. `with_goals` adds the position
+    that each row was heading for, which OGBench does not store.
+    """
+    if dataset_type not in ("navigate", "stitch"):
+        raise ValueError(f"no dataset type {dataset_type!r}: navigate or stitch")
+    env, navigate = PointMaze(maze), dataset_type == "navigate"
+    steps = (2001 if maze == "giant" else 1001) if navigate else 201
+    episodes = -(-num_transitions // (steps - 1))
+    length, next_cell = maze_paths(env.maze_map)
+
+    wall = env.maze_map == 1
+    up, down, left, right = (np.roll(wall, shift, axis) for axis in (0, 1) for shift in (1, -1))
+    hallway = (up & down & ~left & ~right) | (left & right & ~up & ~down)
+    goals = np.flatnonzero(~wall & ~hallway)  # OGBench puts no goals in the middle of a corridor
+    cell_xy = jnp.asarray(env.ij_to_xy(np.indices(wall.shape).reshape(2, -1).T))
+
+    rng = np.random.default_rng(seed)
+    starts = rng.choice(np.flatnonzero(~wall), episodes)
+    if navigate:
+        first_goals = rng.choice(goals, episodes)
+    else:
+        first_goals = np.array([rng.choice(np.flatnonzero(length[s] == 4)) for s in starts])
+    noise = jnp.asarray(rng.uniform(-1, 1, (2, episodes, 2)))
+    velocity = 0.1 * rng.standard_normal((episodes, 2))  # the reset's: stored, without any effect
+
+    def episode(key, xy, velocity, goal_cell, goal_xy):
+        def step(carry, key):
+            xy, velocity, goal_cell, goal_xy = carry
+            noise_key, cell_key, goal_key = jax.random.split(key, 3)
+            i, j = env.xy_to_ij(xy)
+            way = cell_xy[jnp.asarray(next_cell)[i * wall.shape[1] + j, goal_cell]] - xy
+            way = way / (jnp.linalg.norm(way) + 1e-6)
+            action = jnp.clip(way + 0.5 * jax.random.normal(noise_key, (2,)), -1, 1)
+            row = (xy, action, velocity, goal_xy)
+            xy, velocity = env.move(xy, action)
+            if navigate:
+                reached = jnp.linalg.norm(xy - goal_xy) <= env.goal_tol
+                new_cell = jax.random.choice(cell_key, jnp.asarray(goals))
+                new_xy = cell_xy[new_cell] + jax.random.uniform(goal_key, (2,), minval=-1, maxval=1)
+                goal_cell = jnp.where(reached, new_cell, goal_cell)
+                goal_xy = jnp.where(reached, new_xy, goal_xy)
+            return (xy, velocity, goal_cell, goal_xy), row
+
+        carry = (xy, velocity, goal_cell, goal_xy)
+        return jax.lax.scan(step, carry, jax.random.split(key, steps))[1]
+
+    keys = jax.random.split(jax.random.key(seed), episodes)
+    start_xy, goal_xy = cell_xy[starts] + noise[0], cell_xy[first_goals] + noise[1]
+    rows = jax.jit(jax.vmap(episode))(keys, start_xy, jnp.asarray(velocity), first_goals, goal_xy)
+    xy, actions, velocity, goals = (np.asarray(a, np.float32).reshape(-1, 2) for a in rows)
+    terminals = np.tile(np.arange(steps) == steps - 1, episodes)
+    data = dict(observations=xy, actions=actions, terminals=terminals, qpos=xy, qvel=velocity)
+    return data | (dict(goals=goals) if with_goals else {})
+
+
+# ==== end shared: point mazes ====
+
+
+# ==== shared: vector environments ====
+def reset_envs(env, key, num_envs):
+    """Start `num_envs` copies of a functional environment -> (states, steps taken)."""
+    states = jax.vmap(env.initial)(jax.random.split(key, num_envs))
+    return states, jnp.zeros(num_envs, jnp.int32)
+
+
+def observe(env, env_state):
+    """Observations (num_envs, D) of all copies."""
+    return jax.vmap(lambda s: env.observation(s, None))(env_state[0])
+
+
+def step_envs(env, env_state, actions, key):
+    """Step all copies and restart those that ended.
+
+    Returns the new states and, per copy: reward, terminated (no bootstrap), truncated (time limit,
+    bootstrap), success, and next_obs, the observation before any restart.
+    """
+    states, t = env_state
+    keys, reset_keys = jax.random.split(key, (2, t.shape[0]))
+    next_states = jax.vmap(env.transition)(states, actions, keys)
+    reward = jax.vmap(lambda s, a, n: env.reward(s, a, n, None))(states, actions, next_states)
+    terminated = jax.vmap(lambda s: env.terminal(s, None))(next_states)
+    truncated = (t + 1 >= env.max_episode_steps) & ~terminated
+    done = terminated | truncated
+    success = jax.vmap(env.success)(next_states) if hasattr(env, "success") else jnp.zeros(t.shape)
+    out = dict(
+        reward=reward.astype(jnp.float32),
+        terminated=terminated,
+        truncated=truncated,
+        success=success.astype(jnp.float32),
+        next_obs=observe(env, (next_states, t)),
+    )
+
+    def restart(new, old):
+        return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old)
+
+    fresh, _ = jax.lax.cond(  # most steps end no episode
+        done.any(), lambda: reset_envs(env, reset_keys[0], t.shape[0]), lambda: (next_states, t)
+    )
+    return (jax.tree.map(restart, fresh, next_states), jnp.where(done, 0, t + 1)), out
+
+
+def evaluate_jax(env, policy, key, num_episodes):
+    """Run `num_episodes` in parallel, in one program; all start together.
+
+    `policy(obs (D,), key) -> (H * A,)` gives the actions of the next H steps, which are taken
+    without looking. Returns arrays (num_episodes,): success at the last step, return, length.
+    """
+    start_key, env_key, policy_key = jax.random.split(key, 3)
+
+    def decide(loop):
+        env_state, _, result = loop
+        t = result["length"].max()
+        keys = jax.random.split(jax.random.fold_in(policy_key, t), num_episodes)
+        chunks = jax.vmap(policy)(observe(env, env_state), keys)
+        chunks = chunks.reshape(num_episodes, -1, *env.action_space.shape).swapaxes(0, 1)
+        return jax.lax.scan(episode_step, loop, chunks)[0]
+
+    def episode_step(loop, actions):
+        env_state, alive, result = loop
+        t = result["length"].max()
+        env_state, out = step_envs(env, env_state, actions, jax.random.fold_in(env_key, t))
+        result = {
+            "success": jnp.where(alive, out["success"], result["success"]),
+            "return": result["return"] + alive * out["reward"],
+            "length": result["length"] + alive,
+        }
+        return (env_state, alive & ~out["terminated"] & ~out["truncated"], result), None
+
+    zeros = jnp.zeros(num_episodes)
+    result = {"success": zeros, "return": zeros, "length": jnp.zeros(num_episodes, jnp.int32)}
+    start = (reset_envs(env, start_key, num_episodes), jnp.ones(num_episodes, bool), result)
+    return jax.lax.while_loop(lambda loop: loop[1].any(), decide, start)[2]
+
+
+class SeededReset(gymnasium.Wrapper):
+    """OGBench draws start noise from NumPy's global generator: seed that too, so that an episode
+    is a function of its seed."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            np.random.seed(seed)
+            self.unwrapped.action_space.seed(seed)
+        return self.env.reset(seed=seed, options=options)
+
+
+def make_host_env(task, success_timing):
+    """The official environment (or a task file's); in a worker process Ctrl-C is left to the main
+    process."""
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's spaces set off warnings
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if task.source:  # loaded here again: a worker cannot import what the main process loaded
+        path, name, dataset_dir = task.source
+        return SeededReset(ask(load_file(path).make_task(name, dataset_dir)["make_env"]))
+    import ogbench  # noqa: F401  registers the environments
+
+    options = dict(success_timing=success_timing) if task.dataset else {}
+    return SeededReset(gymnasium.make(task.gym_id, **options))
+
+
+def make_host_envs(task, args, num_envs, autoreset):
+    """`num_envs` official environments in processes of their own."""
+    make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
+    return gymnasium.vector.AsyncVectorEnv(
+        [make] * num_envs,
+        autoreset_mode=autoreset,
+        context="forkserver",  # forking a process that runs JAX's threads can deadlock
+    )
+
+
+def evaluate_host(envs, act, seeds, step, num_episodes):
+    """Run `num_episodes` per seed on official environments, one after another in each slot.
+
+    `act(obs (S, slots, D), episode (S, slots), t (S, slots)) -> actions (S, slots, A)`. An episode
+    depends on (seed, step, its number) alone, so the result does not depend on how many slots
+    there are. Returns arrays (S, num_episodes): success at the last step, return, length.
+    """
+    num_slots = envs.num_envs // len(seeds)
+    shape = (len(seeds), num_slots)
+    episode = np.tile(np.arange(num_slots), (len(seeds), 1))
+    next_episode = np.full(len(seeds), num_slots)
+    t, total = np.zeros(shape, np.int32), np.zeros(shape)
+    result = {k: np.zeros((len(seeds), num_episodes)) for k in ("success", "return", "length")}
+    remaining = len(seeds) * num_episodes
+
+    def episode_seeds():
+        ids = [(seeds[s], step, episode[s, k]) for s in range(shape[0]) for k in range(shape[1])]
+        return [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
+
+    obs, _ = envs.reset(seed=episode_seeds())
+    while remaining:
+        actions = np.asarray(act(obs.reshape(*shape, -1), episode, t))
+        obs, reward, terminated, truncated, info = envs.step(actions.reshape(envs.num_envs, -1))
+        t += 1
+        total += reward.reshape(shape)
+        done = (terminated | truncated).reshape(shape)
+        for s, k in zip(*np.nonzero(done), strict=True):
+            if episode[s, k] < num_episodes:
+                success = np.asarray(info["success"]).reshape(shape) if "success" in info else t * 0
+                outcome = {"success": success[s, k], "return": total[s, k], "length": t[s, k]}
+                for name, value in outcome.items():
+                    result[name][s, episode[s, k]] = value
+                remaining -= 1
+            episode[s, k] = next_episode[s]
+            next_episode[s] += 1
+        if done.any() and remaining:
+            t[done], total[done] = 0, 0.0
+            obs, _ = envs.reset(seed=episode_seeds(), options={"reset_mask": done.reshape(-1)})
+    return result
+
+
+# ==== end shared: vector environments ====
+
+
+# ==== shared: data ====
+AUTO_COLLECT = 200_000  # transitions collected when a download fails
+ACTION_LIMIT = 1 - 1e-5  # dataset actions are kept just inside the box
+
+
+def load_dataset(task, args):
+    """Transitions of a task -> (dict of arrays, source).
+
+    Keys: observations, next_observations (N, D), actions (N, A), rewards, masks (0 after success),
+    terminals (1 at an episode's last row), each (N,). From --dataset, from the task file, or from
+    `dataset_dir`: an official or a collected file, else a download, else data collected here.
+    """
+    if args.dataset:
+        raw, source = read_file(Path(args.dataset).expanduser()), f"own ({Path(args.dataset).name})"
+        if "rewards" not in raw and not task.dataset:
+            raise UserError(f"{args.dataset}: no 'rewards' in it")
+    elif "data" in task.parts:
+        raw, source = ask(task.parts["data"])
+    elif task.dataset:
+        raw, source = ogbench_file(task, Path(args.dataset_dir).expanduser())
+    else:
+        raise UserError(f"{task.name} comes without data: give --dataset FILE.npz")
+    data = transitions(raw) if "next_observations" not in raw else dict(raw)
+    maze = task.base.removeprefix("pointmaze-")
+    if task.base != maze and maze in MAZES:
+        env = PointMaze(maze, task.index)
+    else:
+        env = task.parts.get("env") or make_host_env(task, args.success_timing)
+    if "rewards" not in raw:
+        relabel(task, env, data)
+    data = {k: np.asarray(v, np.float32) for k, v in data.items()}
+    boxed = np.isfinite(env.action_space.high).all()
+    check_transitions(data, args.dataset or source, boxed)
+    sizes = env.observation_space.shape[0], env.action_space.shape[0]
+    if sizes != (data["observations"].shape[1], data["actions"].shape[1]):
+        raise UserError(
+            f"the dataset belongs to another environment: {task.name} has observations and actions "
+            f"of {sizes[0]} and {sizes[1]} entries; put the right {task.dataset}.npz in place"
+        )
+    if hasattr(env, "close"):
+        env.close()
+    return data, source
+
+
+def ogbench_file(task, directory):
+    """Raw arrays of an OGBench dataset -> (dict, source)."""
+    official = directory / f"{task.dataset}.npz"
+    collected = directory / f"{task.dataset}.collected.npz"
+    maze = task.base.removeprefix("pointmaze-")
+    if not official.exists() and not collected.exists():
+        if task.base != maze and maze in MAZES:  # quicker than any download
+            kind = task.dataset.removeprefix(f"{task.base}-").removesuffix("-v0")
+            data = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
+            return data, f"collected ({AUTO_COLLECT:,} transitions, in this script)"
+        if not download(task.dataset, directory):
+            collect(task.dataset, directory)
+    if official.exists():
+        return read_file(official), "official"
+    return read_file(collected), f"collected ({collected.name})"
+
+
+def transitions(raw):
+    """Rows with their successors; an episode's last row has none and is dropped."""
+    keep = np.flatnonzero(~raw["terminals"].astype(bool))
+    data = {k: v[keep] for k, v in raw.items() if len(v) == len(raw["terminals"])}
+    data["next_observations"] = raw["observations"][keep + 1]
+    data["terminals"] = raw["terminals"][keep + 1]
+    return data
+
+
+def relabel(task, env, data):
+    """Rewards and masks of the task, from the simulator's positions, as OGBench computes them."""
+    if isinstance(env, PointMaze):  # the same, without its simulator
+        distance = np.linalg.norm(data["qpos"] - env.goal_xy, axis=-1)
+        data["masks"] = (distance > env.goal_tol).astype(np.float32)
+        data["rewards"] = -data["masks"]
+    else:
+        from ogbench.relabel_utils import relabel_dataset
+
+        relabel_dataset(task.gym_id, env, data)
+
+
+def read_file(path):
+    """Read and check a dataset, FILE.npz or FILE.hdf5: observations (N, D), actions (N, A),
+    terminals (N,) in OGBench's layout, or transitions, with rewards, masks, next_observations."""
+    try:
+        if path.suffix in (".hdf5", ".h5"):
+            import h5py
+
+            with h5py.File(path) as file:
+                raw = {k: v[()] for k, v in file.items() if isinstance(v, h5py.Dataset)}
+        else:
+            with np.load(path) as file:
+                raw = {k: file[k] for k in file.files if k != "metadata"}
+    except ImportError as e:
+        raise UserError(f"reading {path} needs h5py: pip install h5py") from e
+    except Exception as e:
+        raise UserError(f"cannot read {path} ({e}); delete it and start again") from e
+
+    def bad(what):
+        raise UserError(f"{path}: {what}; delete the file and download or collect it again")
+
+    if "next_observations" in raw and "masks" not in raw and "terminals" in raw:  # D4RL's names
+        raw["masks"] = 1.0 - raw["terminals"].astype(np.float32)
+        raw["terminals"] = np.maximum(raw["terminals"], raw.get("timeouts", 0)).astype(np.float32)
+        raw["terminals"][-1:] = 1
+    needed = [("observations", 2), ("actions", 2), ("terminals", 1)]
+    needed += [("qpos", 2)] * ("rewards" not in raw) + [("rewards", 1)] * ("rewards" in raw)
+    for key, _ in needed:
+        if key not in raw:
+            bad(f"no '{key}' in it")
+    for key, ndim in needed:
+        if raw[key].ndim != ndim or len(raw[key]) != len(raw["terminals"]) or len(raw[key]) < 2:
+            bad(f"'{key}' has shape {raw[key].shape}")
+        if (
+            raw[key].dtype.kind not in ("f" if ndim == 2 else "fb")
+            or not np.isfinite(raw[key]).all()
+        ):
+            bad(f"'{key}' is not floating point, or holds NaN or infinity")
+    if not raw["terminals"][-1]:
+        bad("the last row does not end an episode, so the file looks cut short")
+    if raw["terminals"].all():
+        bad("every row ends an episode")
+    return raw
+
+
+def check_transitions(data, source, boxed):
+    """Refuse what would train into nonsense: shapes, NaN, magnitudes."""
+    keys = ("observations", "actions", "rewards", "masks", "terminals", "next_observations")
+    rows = len(data.get("observations", ()))
+    for key in keys:
+        if key not in data or len(data[key]) != rows or rows < 2:
+            raise UserError(f"the data ({source}) hold no '{key}', or not one for each row")
+        if not (np.abs(data[key]) < 1e6).all():
+            raise UserError(f"the data ({source}): '{key}' holds NaN or numbers beyond a million")
+    if boxed and np.abs(data["actions"]).max() > 1 + 1e-5:
+        raise UserError(f"the data ({source}) hold actions outside [-1, 1]")
+
+
+def download(dataset, directory):
+    """Fetch an official dataset with OGBench's own downloader -> whether it worked."""
+    import ogbench
+
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)
+    try:
+        ogbench.download_datasets([dataset], directory)
+        return True
+    except OSError as e:  # urllib's errors are among them
+        print(f"download of {dataset} failed: {e}", flush=True)
+        return False
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def collect(dataset, directory):
+    """Collect a stand-in dataset with benchmark/collect.py, where the script has it beside it."""
+    tool = Path(__file__).resolve().parent.parent / "benchmark" / "collect.py"
+    if not tool.exists():
+        raise UserError(
+            f"no dataset {dataset} in {directory} and no download: put {dataset}.npz there, or "
+            f"make one with benchmark/collect.py of the CleanFlow repository"
+        )
+    print(
+        f"NOTICE: collecting {AUTO_COLLECT:,} transitions with {tool.name} instead (a small set, "
+        f"so that this run starts soon); results are labelled 'collected' and do not compare with "
+        f"published ones. For a full-size set: python {tool} {dataset}",
+        flush=True,
+    )
+    command = [sys.executable, str(tool), dataset, "--num-transitions", str(AUTO_COLLECT)]
+    if subprocess.run([*command, "--dataset-dir", str(directory)]).returncode:
+        raise UserError(f"collecting {dataset} failed; see the message above")
+
+
+def observation_scale(data, args):
+    """Mean and deviation (D,) that standardise observations; 0 and 1 without --normalize-obs."""
+    if args.normalize_obs:
+        return data["obs"].mean(axis=0), data["obs"].std(axis=0) + 1e-6
+    return jnp.zeros(data["obs"].shape[1]), jnp.ones(data["obs"].shape[1])
+
+
+# ==== end shared: data ====
+
+
+# ==== shared: chunks ====
+def chunk_data(data):
+    """Put a dataset on the device, row by row, for windows of consecutive rows."""
+    names = dict(obs="observations", next_obs="next_observations", actions="actions")
+    names |= {k: k for k in ("rewards", "masks", "terminals")}
+    rows = {k: jnp.asarray(data[name], jnp.float32) for k, name in names.items()}
+    return rows | dict(actions=jnp.clip(rows["actions"], -ACTION_LIMIT, ACTION_LIMIT))
+
+
+def sample_chunks(
+    key, data, replay, batch_size, horizon, gamma, pool=None, added=None, limit=None, stride=1
+):
+    """Windows of `horizon` rows H, i.i.d. and uniform over all starts in dataset and ring.
+
+    No window joins the two or crosses the ring's pointer. `pool`: size of the first-in first-out
+    pool in which dataset rows leave first (None: they stay). Of the ring only the `limit` newest
+    of the first `added` rows ever written count (None: all), and rows of one environment lie
+    `stride` apart. `data` or `replay` may be None.
+
+    Returns obs (B, D), actions (B, H * A) in order of time, returns (B,) = sum gamma^k r_k,
+    discounts (B,) = gamma^H min_k mask_k, next_obs behind the last row, and valid (B, H): 1 up to
+    the first end of an episode and 0 behind it.
+    """
+    num_data = 0 if data is None else data["rewards"].shape[0]
+    num_online, dropped, steps = 0, 0, jnp.arange(horizon)
+    if replay is not None:
+        ring, capacity = replay["rows"], replay["rows"]["rewards"].shape[0]
+        added = replay["added"] if added is None else added
+        num_online = jnp.minimum(added, capacity if limit is None else limit)
+        if pool is not None:
+            dropped = jnp.clip(num_data + added - max(pool, num_data + 1), 0, num_data)
+    num_offline_starts = jnp.maximum(num_data - dropped - (horizon - 1), 0)
+    num_online_starts = jnp.maximum(num_online - (horizon - 1) * stride, 0)
+    draw = jax.random.randint(key, (batch_size,), 0, num_offline_starts + num_online_starts)
+
+    def windows(rows, index):  # index (B, H)
+        inner = {k: rows[k][index] for k in ("actions", "rewards", "masks", "terminals")}
+        return dict(obs=rows["obs"][index[:, 0]], next_obs=rows["next_obs"][index[:, -1]], **inner)
+
+    parts = []
+    if data is not None:
+        start = jnp.minimum(dropped + draw, num_data - horizon)
+        parts.append(windows(data, start[:, None] + steps))
+    if replay is not None:
+        start = added - num_online + draw - num_offline_starts  # counted from the first row ever
+        parts.append(windows(ring, (start[:, None] + steps * stride) % capacity))
+    offline = draw < num_offline_starts
+    pick = lambda *x: jnp.where(offline.reshape(-1, *[1] * (x[0].ndim - 1)), x[0], x[-1])
+    rows = jax.tree.map(pick, *parts)
+    ended = jnp.cumsum(rows["terminals"], axis=1) - rows["terminals"]  # before row k
+    return dict(
+        obs=rows["obs"],
+        actions=rows["actions"].reshape(batch_size, -1),
+        returns=(gamma**steps * rows["rewards"]).sum(axis=1),
+        discounts=gamma**horizon * rows["masks"].min(axis=1),
+        next_obs=rows["next_obs"],
+        valid=(ended == 0).astype(jnp.float32),
+    )
+
+
+# ==== end shared: chunks ====
+
+
+def sample(key, replay, batch_size, gamma, limit):
+    """Batch of obs, actions, returns, discounts, next_obs, i.i.d. and uniform over the `limit`
+    newest rows of the ring."""
+    rows, added = replay["rows"], replay["added"]
+    count = jnp.minimum(added, limit)
+    draw = jax.random.randint(key, (batch_size,), 0, count)
+    index = (added - count + draw) % rows["rewards"].shape[0]
+    batch = {k: rows[k][index] for k in ("obs", "actions", "next_obs")}
+    return batch | dict(returns=rows["rewards"][index], discounts=gamma * rows["masks"][index])
+
+
+# ==== shared: replay ====
+def make_replay(capacity, obs_dim, act_dim):
+    """Empty ring of online rows; `added` counts all rows ever written."""
+    shapes = dict(obs=(obs_dim,), next_obs=(obs_dim,), actions=(act_dim,))
+    shapes |= dict(rewards=(), masks=(), terminals=())
+    rows = {k: jnp.zeros((capacity, *shape)) for k, shape in shapes.items()}
+    return dict(rows=rows, added=jnp.zeros((), jnp.int32))
+
+
+def insert(replay, new_rows):
+    """Write E rows (dict of (E, ...)) at the ring's pointer; the capacity is a multiple of E."""
+    num_rows = new_rows["rewards"].shape[0]
+    start = replay["added"] % replay["rows"]["rewards"].shape[0]
+
+    def write(ring, new):
+        return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), start, axis=0)
+
+    rows = jax.tree.map(write, replay["rows"], new_rows)
+    return dict(rows=rows, added=replay["added"] + num_rows)
+
+
+# ==== end shared: replay ====
+
+
+# ==== shared: online ====
+class Play(NamedTuple):
+    """How a script collects and learns online: a block of steps, then its updates."""
+
+    act: Callable  # (state, obs (E, D), time) -> chunks (E, H, A), played without looking
+    learn: Callable | None  # (carry, *inputs) -> carry: all updates of a block; None: warm-up
+    steps: int = 1  # steps of all environments in a block
+    horizon: int = 1  # H
+    sparse: bool = False  # every reward but 0 becomes -1
+    count: bool = True  # the episodes' returns are the policy's own
+    learn_first: bool = True  # official environments: learn while they take the block's first step
+
+
+def repeat(learn, n):
+    """n updates, one after another, as one function."""
+
+    def learn_block(carry, *inputs):
+        def body(_, part):  # without the replay, which they only read
+            after = learn(carry | part, *inputs)
+            return {k: after[k] for k in part}
+
+        return carry | jax.lax.fori_loop(0, n, body, {k: carry[k] for k in ("state", "sums")})
+
+    return learn_block
+
+
+def remember(carry, obs, actions, out, play):
+    """Put one step of all environments into the replay and note the episodes that ended."""
+    done = out["terminated"] | out["truncated"]
+    reward = -(out["reward"] != 0).astype(jnp.float32) if play.sparse else out["reward"]
+    rows = dict(obs=obs, actions=actions, rewards=reward, next_obs=out["next_obs"])
+    rows |= dict(masks=1.0 - out["terminated"], terminals=done)
+    returns, sums, recent = carry["returns"] + out["reward"], carry["sums"], carry["recent"]
+    if play.count:
+        ended = {"episodes": done, "success": done * out["success"], "return": done * returns}
+        sums = sums | {k: sums[k] + v.astype(jnp.float32).sum() for k, v in ended.items()}
+        recent = jnp.concatenate([jnp.where(done, returns, jnp.nan), recent])
+        recent = recent[jnp.argsort(jnp.isnan(recent))][: carry["recent"].size]  # newest first
+    replay, returns = insert(carry["replay"], rows), jnp.where(done, 0.0, returns)
+    return carry | dict(replay=replay, returns=returns, sums=sums, recent=recent)
+
+
+def interact(env, play):
+    """(carry, *inputs) -> carry: one block on a JAX environment."""
+
+    def env_step(_, carry):
+        state, envs, time = carry["state"], carry["envs"], carry["replay"]["added"]
+        obs, taken = observe(env, envs["state"]), envs["taken"]
+        chunks = envs["chunks"]
+        if play.horizon == 1:
+            chunks = play.act(state, obs, time)
+        else:  # open loop: a new chunk where the last one is used up
+            new = lambda: play.act(state, obs, time)
+            new = jax.lax.cond((taken == 0).any(), new, lambda: chunks)
+            chunks = jnp.where((taken == 0)[:, None, None], new, chunks)
+        actions = chunks[jnp.arange(len(taken)), taken]
+        key = purpose_key(state.seed, "env", time)
+        env_state, out = step_envs(env, envs["state"], actions, key)
+        taken = (taken + 1) % play.horizon * ~(out["terminated"] | out["truncated"])
+        carry = remember(carry, obs, actions, out, play)
+        return carry | {"envs": dict(state=env_state, chunks=chunks, taken=taken)}
+
+    def block(carry, *inputs):
+        carry = jax.lax.fori_loop(0, play.steps, env_step, carry)
+        return play.learn(carry, *inputs) if play.learn else carry
+
+    return block
+
+
+class HostLoop:
+    """Blocks on official environments, E per seed: advance(carry, n) -> carry.
+
+    The simulators take a step while the device makes the updates of a block, which see the rows
+    before that step (`learn_first`); else the updates come after the block's last step.
+    """
+
+    def __init__(self, make_envs, play, args, inputs):
+        self.make_envs, self.play, self.args = make_envs, play, args
+        self.act = jax.jit(jax.vmap(play.act))
+        self.learn = Program(play.learn or (lambda carry, *_: carry), *inputs)
+        keep = functools.partial(remember, play=play)
+        self.remember = jax.jit(jax.vmap(keep), donate_argnums=0)
+
+    @property
+    def seconds(self):
+        return self.learn.seconds
+
+    def restart(self, carry):
+        """Begin new episodes whose seeds depend on the step alone, so that a run that goes on from
+        a checkpoint equals one that was never interrupted."""
+        args, time = self.args, int(carry["replay"]["added"][0])
+        shape = (args.num_seeds, args.num_envs)
+        ids = [(args.seed + s, time, e) for s, e in np.ndindex(shape)]
+        seeds = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
+        self.envs = self.make_envs()
+        self.obs = self.envs.reset(seed=seeds)[0].astype(np.float32).reshape(*shape, -1)
+        self.taken, self.chunks = np.zeros(shape, int), 0.0
+        # what was under way ends here: no window may join it with what comes
+        rows, size = carry["replay"]["rows"], carry["replay"]["rows"]["terminals"].shape[1]
+        newest = (time - 1 - np.arange(args.num_envs)) % size
+        terminals = rows["terminals"].at[:, newest].set(1.0)  # before the first row: never read
+        replay = carry["replay"] | {"rows": rows | {"terminals": terminals}}
+        return carry | {"replay": replay, "returns": jnp.zeros_like(carry["returns"])}
+
+    def __call__(self, carry, n):
+        play = self.play
+        for i in range(n * play.steps):
+            if (due := self.taken == 0).any():
+                new = self.act(carry["state"], self.obs, carry["replay"]["added"])
+                self.chunks = np.where(due[..., None, None], np.asarray(new), self.chunks)
+            taken = self.taken[..., None, None]
+            actions = np.take_along_axis(self.chunks, taken, axis=2)[:, :, 0]
+            self.envs.step_async(actions.reshape(self.envs.num_envs, -1))
+            if play.learn and play.learn_first and i % play.steps == 0:
+                carry = self.learn(carry, 1)  # returns before it is done
+            obs, out = self.obs, self.outcome()
+            part = {k: carry[k] for k in ("replay", "returns", "sums", "recent")}
+            carry = carry | self.remember(part, obs, actions, out)
+            ended = out["terminated"] | out["truncated"]
+            self.taken = np.where(ended, 0, (self.taken + 1) % play.horizon)
+            if play.learn and not play.learn_first and (i + 1) % play.steps == 0:
+                carry = self.learn(carry, 1)
+        return carry
+
+    def outcome(self):
+        """Wait for the simulators; what `step_envs` returns of a step, each (S, E, ...)."""
+        obs, reward, terminated, truncated, info = self.envs.step_wait()
+        obs = obs.astype(np.float32)
+        next_obs, success = obs.copy(), np.zeros(len(reward), np.float32)
+        for i in np.flatnonzero(terminated | truncated):  # there, obs already starts an episode
+            next_obs[i] = info["final_obs"][i]
+            if "success" in info["final_info"]:
+                success[i] = info["final_info"]["success"][i]
+        shape, self.obs = self.obs.shape, obs.reshape(self.obs.shape)
+        out = dict(reward=reward.astype(np.float32), success=success, next_obs=next_obs)
+        out |= dict(terminated=terminated, truncated=truncated & ~terminated)
+        return {k: v.reshape(*shape[:2], *v.shape[1:]) for k, v in out.items()}
+
+
+def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm_up_steps=0):
+    """The online phase on JAX environments (`env`) or official ones (None); before it, if asked
+    for, one without updates. `rows`: the replay's; `sizes`: of observation and action."""
+    num_envs, start = args.num_envs, args.offline_steps
+    same_step = gymnasium.vector.AutoresetMode.SAME_STEP
+    count = args.num_seeds * num_envs
+    make_envs = functools.cache(lambda: make_host_envs(task, args, count, same_step))
+
+    def begin(seed):
+        new = dict(replay=make_replay(rows - rows % num_envs, *sizes))
+        new |= dict(returns=jnp.zeros(num_envs), recent=jnp.full(20, jnp.nan))
+        if env is not None:  # the 1 keeps this key apart from that of the first step
+            env_state = reset_envs(env, purpose_key(seed, "env", 0, 1), num_envs)
+            chunks = jnp.zeros((num_envs, play.horizon, sizes[1]))
+            new["envs"] = dict(state=env_state, chunks=chunks, taken=jnp.zeros(num_envs, jnp.int32))
+        return new
+
+    def phase(name, start, end, play):
+        host = HostLoop(make_envs, play, args, inputs) if env is None else None
+
+        def enter(carry):
+            if "replay" not in carry:
+                new = jax.jit(jax.vmap(begin))(carry["state"].seed)
+                carry = carry | place(new, args.num_seeds)
+            return host.restart(carry) if host else carry
+
+        advance = host or Program(interact(env, play), *inputs)
+        stride, restart = num_envs * play.steps, host.restart if host else None
+        return Phase(name, start, end, advance, enter, stride, restart)
+
+    middle, end = start + min(warm_up_steps, args.online_steps), start + args.online_steps
+    phases = [phase("warm-up", start, middle, warm_up)] if middle > start else []
+    return [*phases, *([phase("online", middle, end, play)] if end > middle else [])]
+
+
+# ==== end shared: online ====
 
 
 # ==== shared: runs ====
 PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
+REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}
 FREE_ON_RESUME = ("offline_steps", "online_steps", "eval_interval", "eval_episodes")
 FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate")
 # FREE_ALSO, a script's own, are free until its online phase has begun; with --evaluate env_backend
@@ -1817,23 +2099,21 @@ class Program:
         return self.executable(carry, n, *self.inputs)
 
 
-def zero_sums(metrics):
-    """Running sums of an update's metrics and of finished episodes, for one seed."""
-    zeros = {k: jnp.zeros(()) for k in ("count", "episodes", "return", "success")}
-    return zeros | {"train": {k: jnp.zeros(()) for k in metrics}}
+def zero_sums(learn, carry, *inputs):
+    """Sums of metrics before the first update, for all seeds; `carry` is what `learn` needs."""
+    one = jax.tree.map(lambda x: x[0], carry)
+    seeds = len(carry["state"].seed)
+    shapes = jax.eval_shape(learn, one, *inputs)["sums"]
+    return place(jax.tree.map(lambda s: jnp.zeros((seeds, *s.shape), s.dtype), shapes), seeds)
 
 
-def add_sums(sums, metrics):
-    """Add one update's metrics; the sums are fetched once per dispatch."""
-    train = jax.tree.map(jnp.add, sums["train"], metrics)
-    return sums | {"train": train, "count": sums["count"] + 1}
-
-
-def add_episodes(sums, returns, done, success):
-    """Add the episodes that ended in the online phase; returns, done, success are (E,)."""
-    done = done.astype(jnp.float32)
-    ended = {"episodes": done, "success": done * success, "return": done * returns}
-    return sums | {k: sums[k] + v.sum() for k, v in ended.items()}
+def add_sums(sums, metrics, updates=1):
+    """Add one update's metrics (None: start with them); fetched once per dispatch."""
+    if sums is None:
+        sums = {k: jnp.zeros(()) for k in ("count", "episodes", "return", "success")}
+        sums["train"] = {k: jnp.zeros(()) for k in metrics}
+    train = {k: v + updates * metrics.get(k, 0.0) for k, v in sums["train"].items()}
+    return sums | {"train": train, "count": sums["count"] + updates}
 
 
 def write_file(path, content, keep_previous=False):
@@ -1850,7 +2130,8 @@ def write_file(path, content, keep_previous=False):
     except OSError as e:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"cannot write {path}: {e.strerror}; free some space, then --resume {path.parent}"
+            f"cannot write {path}: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
+            f"--resume {shlex.quote(str(path.parent))}"
         ) from e
 
 
@@ -1874,23 +2155,28 @@ def load_checkpoint(run_dir):
             stored = flax.serialization.msgpack_restore(body)
             return stored["carry"], json.loads(stored["facts"])
         print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
-    raise UserError(f"no intact checkpoint in {run_dir}: give the directory of a run")
+    raise UserError(
+        f"no intact checkpoint in {run_dir}; if it is a run stopped before its first, start anew"
+    )
 
 
 def restore(template, tree, run_dir):
     """Put a loaded checkpoint into the structure, shapes and device layout of `template`.
 
-    A replay's ring may have become longer, for more online steps; it then has not wrapped yet.
+    A replay's ring may have become longer, for more online steps (it then has not wrapped yet), and
+    it stays as long as it was for fewer.
     """
 
     def lengthen(ring, longer):
         missing = max(0, longer.shape[1] - ring.shape[1])
         return np.pad(ring, [(0, 0), (0, missing), *[(0, 0)] * (ring.ndim - 2)])
 
+    layout = jax.tree.map(lambda x: x.sharding, template)
     try:
         if "replay" in tree and "replay" in template:
             rows = jax.tree.map(lengthen, tree["replay"]["rows"], template["replay"]["rows"])
             tree["replay"]["rows"] = rows
+            template = template | {"replay": template["replay"] | {"rows": rows}}
         loaded = flax.serialization.from_state_dict(template, tree)
         fits = jax.tree.map(
             lambda a, b: a.shape == b.shape and a.dtype == b.dtype, template, loaded
@@ -1899,7 +2185,29 @@ def restore(template, tree, run_dir):
             raise ValueError("shapes differ")
     except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"the checkpoint in {run_dir} does not fit its args.json: {e}") from e
-    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), loaded, template)
+    return jax.tree.map(jax.device_put, loaded, layout)
+
+
+def start_states(args, obs_dim, act_dim, mean, std):
+    """Fresh states of all seeds on the device(s)."""
+    seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
+    init = jax.vmap(lambda s, m, d: init_state(args, obs_dim, act_dim, m, d, s), (0, None, None))
+    return place(jax.jit(init)(seeds, mean, std), args.num_seeds)
+
+
+def resume(carry, phases, args):
+    """--resume: (the carry of the run's last checkpoint, its step); else the one given and 0."""
+    if not args.resume:
+        return carry, 0
+    tree, facts = load_checkpoint(args.resume)
+    step, end = facts["step"], phases[-1].end
+    if step > end or (step == end and (Path(args.resume) / "result.json").exists()):
+        raise UserError(
+            f"{args.resume} is complete at step {step:,}: give more steps or --evaluate"
+        )
+    phase = next(p for p in phases if step <= p.end)  # in which the checkpoint was made
+    carry = restore(phase.enter(carry), tree, args.resume)
+    return (phase.restart(carry) if phase.restart else carry), step
 
 
 def read_args(run_dir, argv, default):
@@ -1930,54 +2238,70 @@ def read_args(run_dir, argv, default):
 
 
 class Run:
-    """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json."""
+    """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json; and
+    what the training loop asks between dispatches."""
 
-    def __init__(self, args, task, dataset_source, data, policies, step=0):
+    def __init__(self, args, task, source, data, policies, step=0):
+        self.args, self.task, self.step, self.saved = args, task, step, step
         self.seeds = [args.seed + i for i in range(args.num_seeds)]
-        self.step, self.evals, self.csv, self.columns = step, [], None, None
+        self.evals, self.csv, self.columns, self.wandb = [], None, None, None
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
-        self.train_seconds, self.updates_per_s = 0.0, 0.0
+        self.train_seconds, self.updates_per_s, self.stop = 0.0, 0.0, StopSignal()
         packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "ogbench", "mujoco")
         commit, git = "", ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         if shutil.which("git"):
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         checksum = None  # of data from a file, which may be another one when the run is resumed
-        if dataset_source == "official" or ".npz" in dataset_source:
+        if data is not None and "in this script" not in source:
             names = ("observations", "actions", "rewards")
             checksum = functools.reduce(
                 lambda crc, k: zlib.crc32(np.ascontiguousarray(data[k]), crc), names, 0
             )
         self.facts = dict(
-            algo=ALGO,
-            task=task.name,
-            dataset_source=dataset_source,
-            dataset_crc32=checksum,
-            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            commit=commit or None,
+            algo=ALGO, task=task.name, dataset_source=source, dataset_crc32=checksum,
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}", commit=commit or None,
             versions={p: importlib.metadata.version(p) for p in packages},
             args=dataclasses.asdict(args),
-        )
-        if args.resume:
-            self.dir = Path(args.resume)
-            before = json.loads((self.dir / "args.json").read_text())
-            if before.get("dataset_crc32") != checksum:
-                raise UserError(
-                    f"{self.dir} was started on other data ({before.get('dataset_source')}): put "
-                    f"that file back, or start a new run"
-                )
-            self.cut_metrics()
-        else:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            name = task.name.removesuffix("-v0").replace("/", "-")
-            name = f"{name}__{ALGO}__{args.seed}__{stamp}"
-            self.dir = Path(args.out_dir) / name
+        )  # fmt: skip
+        self.resume() if args.resume else self.create()
+        self.write_json("args.json", self.facts)
+        self.header(data)
+
+    def create(self):
+        args, stamp = self.args, time.strftime("%Y%m%d-%H%M%S")
+        name = self.task.name.removesuffix("-v0").replace("/", "-")
+        self.dir = Path(args.out_dir) / f"{name}__{ALGO}__{args.seed}__{stamp}"
+        try:
             while self.dir.exists():
                 self.dir = self.dir.with_name(self.dir.name + "x")
-            try:
-                self.dir.mkdir(parents=True)
-            except OSError as e:
-                raise UserError(f"cannot create {self.dir}: {e.strerror}; choose --out-dir") from e
-        self.write_json("args.json", self.facts)
+            self.dir.mkdir(parents=True)
+        except (OSError, ValueError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise UserError(f"cannot create {self.dir}: {reason}; choose --out-dir") from e
+        self.lock()
+
+    def resume(self):
+        """Keep what args.json says of the start; drop the metrics after the checkpoint."""
+        self.dir = Path(self.args.resume)
+        self.lock()
+        before = json.loads((self.dir / "args.json").read_text())
+        if before.get("dataset_crc32") != self.facts["dataset_crc32"]:
+            raise UserError(
+                f"{self.dir} was started on other data ({before.get('dataset_source')}): put that "
+                f"file back, or start a new run"
+            )
+        now = {k: self.facts[k] for k in ("commit", "device", "versions")} | {"step": self.step}
+        resumes = [*before.get("resumes", []), now]
+        self.facts = before | {"args": self.facts["args"], "resumes": resumes}
+        self.cut_metrics()
+
+    def lock(self):
+        """Two processes must not write one run."""
+        self.lock_file = open(self.dir / ".lock", "w")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UserError(f"{self.dir} is in use by another process; wait for it to end") from e
 
     def write_json(self, name, content):
         write_file(self.dir / name, (json.dumps(content, indent=2) + "\n").encode())
@@ -1985,7 +2309,7 @@ class Run:
     def cut_metrics(self):
         """On resume, drop the rows after the checkpoint: they will be written again."""
         path = self.dir / "metrics.csv"
-        if not path.is_file():
+        if not path.is_file() or not path.stat().st_size:
             return
         with open(path, newline="") as file:
             reader = csv.DictReader(file)
@@ -1997,30 +2321,6 @@ class Run:
         evals = [float(r[headline]) for r in rows if r[headline]]
         self.evals = np.reshape(evals, (-1, len(self.seeds))).tolist()
         self.train_seconds = float(rows[-1]["time/train_seconds"]) if rows else 0.0
-
-    def log(self, phase, values):
-        """One CSV row and TensorBoard point per seed; values are (num_seeds,) or scalars."""
-        try:
-            if self.csv is None:
-                from tensorboard.summary import Writer
-
-                self.columns = self.columns or ["step", "phase", "seed", *values]
-                self.csv = open(self.dir / "metrics.csv", "a", newline="")  # noqa: SIM115
-                self.writers = [Writer(str(self.dir / f"tb_seed{s}")) for s in self.seeds]
-            table = csv.DictWriter(self.csv, self.columns)
-            if self.csv.tell() == 0:
-                table.writeheader()
-            for i, seed in enumerate(self.seeds):
-                row = {k: float(np.broadcast_to(v, len(self.seeds))[i]) for k, v in values.items()}
-                row = {k: v for k, v in row.items() if not np.isnan(v)}  # nothing to report yet
-                table.writerow(dict(step=self.step, phase=phase, seed=seed, **row))
-                for name, value in row.items():
-                    self.writers[i].add_scalar(name, value, self.step)
-            self.csv.flush()
-        except OSError as e:
-            raise UserError(
-                f"cannot write metrics: {e.strerror}; free some space, then --resume {self.dir}"
-            ) from e
 
     def header(self, data):
         """Show what is about to run: the data, the machine and the resolved arguments."""
@@ -2034,6 +2334,137 @@ class Run:
             )
         fields = "  ".join(f"{k}={v}" for k, v in args.items() if v is not None)
         print(textwrap.fill(fields, 100, initial_indent="  ", subsequent_indent="  "), flush=True)
+
+    def begin(self, phase):
+        """A phase starts, or goes on after a resume."""
+        self.phase, self.quiet = phase, not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=phase.end, initial=self.step, desc=phase.name, unit="step", disable=self.quiet
+        )
+        self.rate, self.log_seconds, self.log_count = 8.0, 0.0, 0.0
+        self.compiled, self.said, self.before = (
+            phase.advance.seconds,
+            time.perf_counter(),
+            self.step,
+        )
+
+    def iterations(self):
+        """How many the next dispatch makes: about a second's, up to the next thing that is due."""
+        target = min([self.phase.end] + [(self.step // m + 1) * m for m in self.intervals()])
+        return max(1, min(-(-(target - self.step) // self.phase.stride), int(self.rate)))
+
+    def intervals(self):
+        return self.args.log_interval, self.args.eval_interval, self.args.checkpoint_interval
+
+    def note(self, n, sums, seconds):
+        """A dispatch of n iterations is done: time, bar or line; stop if the training diverged."""
+        phase = self.phase
+        compiling, self.compiled = phase.advance.seconds - self.compiled, phase.advance.seconds
+        if compiling:
+            tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
+        seconds -= compiling
+        self.before, self.step, self.rate = self.step, self.step + n * phase.stride, n / seconds
+        self.train_seconds, self.log_seconds = (
+            self.train_seconds + seconds,
+            self.log_seconds + seconds,
+        )
+        self.bar.update(self.step - self.before)
+        if self.quiet and time.perf_counter() - self.said > 10:  # no terminal: lines, not a bar
+            self.said, speed = time.perf_counter(), self.rate * phase.stride
+            eta = (phase.end - self.step) / speed
+            print(f"{phase.name} {self.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
+        broken = [k for k, v in sums["train"].items() if not np.isfinite(v).all()]
+        if broken:
+            rates = [k for k in vars(self.args) if k.endswith(("_lr", "learning_rate"))]
+            raise UserError(
+                f"training diverged before step {self.step:,}: {', '.join(broken)} not finite; "
+                f"step {self.saved:,} is the last good one in {self.dir}; try a lower "
+                + " or ".join("--" + rate.replace("_", "-") for rate in rates)
+            )
+
+    def due(self):
+        """Whether to log, to evaluate, to save."""
+        over = self.step >= self.phase.end
+        return [over or self.step // m > self.before // m for m in self.intervals()]
+
+    def averages(self, sums, carry):
+        """Metrics since the last log, one value per seed; what nothing is known of is NaN."""
+        count, episodes = np.asarray(sums["count"]), np.asarray(sums["episodes"])
+        mean = lambda total, n: np.where(n > 0, total / np.maximum(n, 1), np.nan)
+        self.updates_per_s = float(count.flat[0] / self.log_seconds)
+        values = {f"train/{k}": mean(v, count) for k, v in sums["train"].items()}
+        values |= {f"online/{k}": mean(sums[k], episodes) for k in ("return", "success")}
+        if "recent" in carry:  # the last episodes' returns, as many as there were
+            recent = np.asarray(carry["recent"])
+            values["charts/episodic_return"] = mean(
+                np.nansum(recent, axis=1), (~np.isnan(recent)).sum(axis=1)
+            )
+        values["time/updates_per_s"] = self.updates_per_s
+        values["time/train_seconds"] = self.train_seconds
+        values["time/compile_s"], self.log_seconds = self.phase.advance.seconds, 0.0
+        return values | {f"eval/{k}": np.nan for k in self.metrics}
+
+    def note_evaluation(self, results):
+        self.evals.append(results[self.metrics[0]].mean(axis=1).tolist())
+        tqdm.write(f"{self.phase.name} step {self.step:>9,}  {summary(results)}")
+        return {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
+
+    def log(self, values):
+        """One CSV row and TensorBoard point per seed; values are (num_seeds,) or scalars."""
+        try:
+            if self.csv is None:
+                self.open_logs(values)
+            table = csv.DictWriter(self.csv, self.columns, extrasaction="ignore")
+            if self.csv.tell() == 0:
+                table.writeheader()
+            for i, seed in enumerate(self.seeds):
+                row = {k: float(np.broadcast_to(v, len(self.seeds))[i]) for k, v in values.items()}
+                row = {k: v for k, v in row.items() if not np.isnan(v)}  # nothing to report yet
+                table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
+                for name, value in row.items():
+                    self.writers[i].add_scalar(name, value, self.step)
+                if self.wandb:
+                    self.wandb.log({f"{k}/seed{seed}": v for k, v in row.items()}, self.step)
+            self.csv.flush()
+        except OSError as e:
+            raise UserError(
+                f"cannot write metrics: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
+                f"--resume {self.quoted}"
+            ) from e
+
+    def open_logs(self, values):
+        from tensorboard.summary import Writer
+
+        names = ["step", "phase", "seed", *values]  # online runs know of more, later
+        names += [] if "charts/episodic_return" in values else ["charts/episodic_return"]
+        self.columns = self.columns or names
+        self.csv = open(self.dir / "metrics.csv", "a", newline="")
+        self.writers = [Writer(str(self.dir / f"tb_seed{s}")) for s in self.seeds]
+        if project := self.args.wandb_project:
+            import wandb
+
+            name = self.dir.name
+            self.wandb = wandb.init(project=project, id=name, config=self.facts, resume="allow")
+
+    @property
+    def quoted(self):
+        return shlex.quote(str(self.dir))
+
+    def save(self, carry):
+        save_checkpoint(self.dir, carry, dict(step=self.step))
+        self.saved = self.step
+
+    def leave(self):
+        """Ctrl-C or a signal: all is saved."""
+        self.bar.close()
+        print(f"stopped; --resume {self.quoted} continues at {self.saved:,}", file=sys.stderr)
+        raise SystemExit(128 + self.stop.number)
+
+    def end_phase(self, nets, state):
+        self.bar.close()
+        if draw := self.task.parts.get("after_phase"):
+            script = sys.modules[__name__]
+            ask(draw, self.dir, self.phase.name, script, nets, self.args, state)
 
     def finish(self, results):
         """Write result.json and print the same figures as the last line."""
@@ -2052,8 +2483,9 @@ class Run:
 
 
 def metric_names(task, policies):
-    """What one evaluation measures: success (where the task has it), return and length by mode."""
-    kinds = ("success", "return", "length") if task.success else ("return", "length")
+    """What one evaluation measures, by mode of acting: score and success where the task has them,
+    return, length."""
+    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
     return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
 
 
@@ -2068,12 +2500,12 @@ def summary(results):
 
 
 class StopSignal:
-    """First Ctrl-C or SIGTERM: finish the dispatch and checkpoint. Second: stop at once."""
+    """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
 
     def __init__(self):
         self.number = None
-        signal.signal(signal.SIGINT, self)
-        signal.signal(signal.SIGTERM, self)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self)
 
     def __call__(self, number, frame):
         if self.number is not None:
@@ -2088,96 +2520,10 @@ class Phase(NamedTuple):
     name: str
     start: int
     end: int
-    enter: Callable  # carry of the phase before -> carry of this one
     advance: Callable
+    enter: Callable = lambda carry: carry  # from the carry of the phase before
     stride: int = 1
     restart: Callable | None = None  # host environments begin new episodes at each checkpoint
-
-
-def train_loop(run, carry, phases, evaluate, args):
-    """Run the phases; log, evaluate and checkpoint between dispatches. Returns the last evaluation.
-
-    A dispatch lasts about a second, so that the bar moves and Ctrl-C is heard. What is computed and
-    logged does not depend on how long dispatches are.
-    """
-    intervals = (args.updates_per_dispatch, args.eval_interval, args.checkpoint_interval)
-    stop, saved = StopSignal(), run.step
-    if run.step >= phases[-1].end:
-        if (run.dir / "result.json").exists():
-            raise UserError(
-                f"{run.dir} is complete at step {run.step:,}: give more steps or --evaluate"
-            )
-        return evaluate(carry["state"], run.step)  # stopped between the last checkpoint and this
-
-    for phase in (p for p in phases if run.step < p.end):
-        if run.step == phase.start:
-            carry = phase.enter(carry)
-        quiet = not sys.stderr.isatty()
-        bar = tqdm(total=phase.end, initial=run.step, desc=phase.name, unit="step", disable=quiet)
-        rate, log_seconds, said = 8.0, 0.0, time.perf_counter()
-        while run.step < phase.end:
-            target = min([phase.end] + [(run.step // m + 1) * m for m in intervals])
-            n = max(1, min(-(-(target - run.step) // phase.stride), int(rate)))
-            compiled, start = phase.advance.seconds, time.perf_counter()
-            carry = phase.advance(carry, n)
-            sums = jax.device_get(carry["sums"])
-            compiling = phase.advance.seconds - compiled
-            if compiling:
-                tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
-            seconds = time.perf_counter() - start - compiling
-            before, run.step, rate = run.step, run.step + n * phase.stride, n / seconds
-            run.train_seconds, log_seconds = run.train_seconds + seconds, log_seconds + seconds
-            bar.update(run.step - before)
-            if quiet and time.perf_counter() - said > 10:  # not a terminal: lines, not a bar
-                said, speed = time.perf_counter(), rate * phase.stride
-                eta = (phase.end - run.step) / speed
-                print(f"{phase.name} {run.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
-            broken = [k for k, v in sums["train"].items() if not np.isfinite(v).all()]
-            if broken:
-                raise UserError(
-                    f"training diverged before step {run.step:,}: {', '.join(broken)} not finite; "
-                    f"step {saved:,} is the last good one in {run.dir}; try a lower --learning-rate"
-                )
-
-            log, evaluation, checkpoint = (
-                run.step // m > before // m or run.step >= phase.end for m in intervals
-            )
-            if log or evaluation:
-                count, episodes = np.maximum(sums["count"], 1), np.maximum(sums["episodes"], 1)
-                run.updates_per_s = float(sums["count"].flat[0] / log_seconds)
-                values = {f"train/{k}": v / count for k, v in sums["train"].items()}
-                for name in ("return", "success"):
-                    mean = np.where(sums["episodes"] > 0, sums[name] / episodes, np.nan)
-                    values[f"online/{name}"] = mean
-                values["time/updates_per_s"] = run.updates_per_s
-                values["time/train_seconds"] = run.train_seconds
-                values["time/compile_s"] = phase.advance.seconds
-                if "recent" in carry:  # the last episodes' returns, as many as there were
-                    recent = np.asarray(carry["recent"])
-                    known = np.maximum((~np.isnan(recent)).sum(axis=1), 1)
-                    mean = np.where(np.isnan(recent[:, 0]), np.nan, np.nansum(recent, 1) / known)
-                    values["charts/episodic_return"] = mean
-                values |= {f"eval/{k}": np.nan for k in run.metrics}
-                zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
-                carry, log_seconds = carry | {"sums": place(zeros, args.num_seeds)}, 0.0
-            if evaluation:
-                results = evaluate(carry["state"], run.step)
-                values |= {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
-                run.evals.append(results[run.metrics[0]].mean(axis=1).tolist())
-                tqdm.write(f"{phase.name} step {run.step:>9,}  {summary(results)}")
-            if log or evaluation:
-                run.log(phase.name, values)
-            stopping = stop.number is not None and run.step < phases[-1].end
-            if checkpoint or (stopping and phase.restart is None):
-                carry = phase.restart(carry) if phase.restart else carry
-                save_checkpoint(run.dir, carry, dict(step=run.step))
-                saved = run.step
-            if stopping:
-                bar.close()
-                print(f"stopped; --resume {run.dir} continues at {saved:,}", file=sys.stderr)
-                raise SystemExit(128 + stop.number)
-        bar.close()
-    return results
 
 
 def make_evaluate(task, env, policies, args):
@@ -2187,13 +2533,14 @@ def make_evaluate(task, env, policies, args):
     H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
     """
     seeds = [args.seed + i for i in range(args.num_seeds)]
-    slots = max(1, min(args.eval_episodes, (os.cpu_count() or 1) // args.num_seeds))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    slots = max(1, min(args.eval_episodes, (cores or 1) // args.num_seeds))
+    env = None if args.env_backend == "mjx" else env  # reported numbers are the official engine's
 
     @functools.cache  # made at the first evaluation and kept
     def host_envs():
         disabled = gymnasium.vector.AutoresetMode.DISABLED
-        timing = args.success_timing if task.dataset else None
-        return make_host_envs(task.gym_id, timing, slots * args.num_seeds, disabled)
+        return make_host_envs(task, args, slots * args.num_seeds, disabled)
 
     def run_jax(policy, state, step):
         key = purpose_key(state.seed, "eval", step)
@@ -2232,6 +2579,8 @@ def make_evaluate(task, env, policies, args):
         measured = {}
         for mode, run_episodes in modes.items():
             result = jax.device_get(run_episodes(state, step))
+            if score := task.parts.get("score"):
+                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
             measured |= {f"{k}_{mode}".rstrip("_"): v for k, v in result.items()}
         return {name: measured[name] for name in metric_names(task, policies)}
 
@@ -2260,22 +2609,50 @@ def check_numbers(args, unbounded=(), zero=()):
             continue
         may_be_0 = ("seed", "offline_steps", "online_steps", *zero)
         low = 0 if isinstance(value, float) or name in may_be_0 else 1
-        high = 1 if name in ("gamma", "tau") else np.inf
+        high = {"gamma": 1, "tau": 1, "seed": 2**31 - 1}.get(name, np.inf)
         if not low <= value <= high:
             bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
             raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
+    if args.seed + args.num_seeds > 2**31:
+        raise UserError("--seed plus --num-seeds must stay below 2^31")
 
 
-def command_line(run, args_type, argv=None):
-    """Parse the flags and call `run(args)`; what the user can mend is one sentence, exit code 2."""
+def fill(args, **values):
+    """Set those of `values` that no flag has set."""
+    unset = {k: v for k, v in values.items() if getattr(args, k) is None}
+    return dataclasses.replace(args, **unset)
+
+
+def task_table(task, defaults):
+    """What a task sets when no flag does: `defaults`, then the task's, then those of its file."""
+    family = next(prefix for prefix in TASK_DEFAULTS if task.base.startswith(prefix))
+    own = task.parts.get("defaults", {})
+    return defaults | TASK_DEFAULTS[family] | own.get("", {}) | own.get(ALGO, {})
+
+
+def own_flags(table):
+    """The part of a table that this script has flags for."""
+    return {k: v for k, v in table.items() if k in Args.__dataclass_fields__}
+
+
+def command_line(main, args_type, argv=None):
+    """Parse the flags, call `main(args)`; what the user can mend is one sentence, exit code 2."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress too
     try:
         args = tyro.cli(args_type, args=argv)
+        if "" in (args.resume, args.evaluate):
+            raise UserError("--resume and --evaluate need the directory of a run, but got ''")
         if args.resume or args.evaluate:
             args = read_args(args.resume or args.evaluate, argv, args_type())
-        run(args)
+        main(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except (jax.errors.JaxRuntimeError, MemoryError) as e:
+        if not any(word in str(e) for word in ("RESOURCE_EXHAUSTED", "ut of memory")):
+            raise
+        print(f"error: out of memory; fewer --num-seeds, smaller networks, --batch-size or "
+              f"--buffer-size ({str(e).splitlines()[0][:150]})", file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted before training began; nothing was written", file=sys.stderr)
@@ -2283,28 +2660,51 @@ def command_line(run, args_type, argv=None):
     return 0
 
 
+def evaluate_only(args, task):
+    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
+    tree, facts = load_checkpoint(args.evaluate)
+    env = make_jax_env(task, args)
+    spaces = env or make_host_env(task, args.success_timing)
+    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
+    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
+    state = restore(state, tree["state"], args.evaluate)
+    policies = evaluation_policies(make_networks(args, act_dim), args)
+    results = make_evaluate(task, env, policies, args)(state, facts["step"])
+    print_evaluation(task, args, policies, facts["step"], results)
+    return results
+
+
 # ==== end shared: runs ====
 
 
-# ---- from flags to a run ----
+# ---- this script's tasks and flags ----
+from gymnasium.envs.phys2d.pendulum import PendulumFunctional
+
+
+class Pendulum(PendulumFunctional):
+    """Gymnasium's functional pendulum with the time limit of its registered version.
+
+    Swing up and balance; it never terminates. A good policy returns about -150, a random one
+    about -1200.
+    """
+
+    max_episode_steps = 200
+
+
+JAX_ENVS = {"phys2d/Pendulum-v0": Pendulum}  # built-in environments beside the point mazes
+FREE_ALSO = ()  # flags that may still change when a run without online phase is resumed
+EVALUATION_FLAGS = ()  # flags that may change with --evaluate
 ONLY_OFFLINE_TO_ONLINE = ("offline_steps", "horizon_length", "normalize_obs", "sparse", "beta")
 ONLY_OFFLINE_TO_ONLINE += ("beta_online", "bc_space", "offline_schedule", "bc_fraction")
 
 
-def find_task(env_id):
-    """Gymnasium id, OGBench id or short name -> Task."""
-    task = parse_task(env_id, GYMNASIUM)
-    if task.name in GYMNASIUM:
-        task = task._replace(gym_id="" if task.name == PENDULUM else task.name, success=False)
-    return task
-
-
 def resolve(args, task):
     """Fill what no flag set from the tables; refuse what is out of range or contradictory."""
-    mode = "offline-to-online" if task.dataset else "online"
+    with_data = bool(task.dataset or args.dataset or "data" in task.parts)
+    mode = "offline-to-online" if with_data else "online"
     if args.mode not in (None, mode):
-        kind = "an OGBench" if task.dataset else "a Gymnasium"
-        raise UserError(f"{task.name} is {kind} task: use --mode {mode}, or another --env-id")
+        kind = "data" if with_data else "no data (--dataset FILE.npz gives it some)"
+        raise UserError(f"{task.name} has {kind}: use --mode {mode}, or another --env-id")
     for name in ONLY_OFFLINE_TO_ONLINE if mode == "online" else ("critic",):
         if getattr(args, name) not in (None, PAPER["online"].get(name)):
             flag = "--" + name.replace("_", "-")
@@ -2314,23 +2714,22 @@ def resolve(args, task):
             "--policy gaussian exists with --mode online alone; use flow-g, flow-t, mlp"
         )
 
-    family = next(prefix for prefix in TASK_DEFAULTS if task.base.startswith(prefix))
-    table = PAPER[mode] | TASK_DEFAULTS[family]
+    defaults, table = PAPER[mode], task_table(task, PAPER[mode])
     if mode == "online":
         gaussian = (args.policy or table["policy"]) == "gaussian"
         args = fill(args, critic="plain" if gaussian else "brn")
-        if args.critic == "plain":
-            table = table | PLAIN | {k: v for k, v in TASK_DEFAULTS[family].items() if k in PLAIN}
-            table["policy_delay"] = PLAIN["policy_delay"]
-    elif args.beta is None and "beta" not in TASK_DEFAULTS[family]:
+        table = task_table(task, defaults | (PLAIN if args.critic == "plain" else {}))
+        table |= {k: defaults.get(k) for k in ONLY_OFFLINE_TO_ONLINE}
+    elif args.beta is None and "beta" not in table:
+        table["beta"] = 100.0
         print(f"beta for {task.base} is not published: {table['beta']:g}; see --beta")
     if args.autotune and not args.ent_coef and mode == "offline-to-online":
         table["ent_coef"] = 0.2
     if args.drift_correction:
         table |= dict(sigma=0.10, sigma_inference=0.10)
-    args = fill(args, env_id=task.name, mode=mode, **table)
-    args = fill(args, sigma=0.05, ent_coef=0.0, checkpoint_interval=args.eval_interval)
-    args = fill(args, sigma_inference=0.02 if task.dataset else args.sigma, beta_online=args.beta)
+    args = fill(args, mode=mode, **own_flags(table))
+    args = fill(args, sigma=0.05, ent_coef=0.0, beta_online=args.beta)
+    args = fill(args, sigma_inference=0.02 if with_data else args.sigma)
 
     check_numbers(args, unbounded=("target_entropy",), zero=("learning_starts",))
     if min(args.critic_hidden_dims, default=0) < 1:
@@ -2341,8 +2740,6 @@ def resolve(args, task):
         raise UserError("nothing to train: give --offline-steps or --online-steps")
     if mode == "online" and args.online_steps <= args.learning_starts:
         raise UserError("nothing to train: --online-steps must exceed --learning-starts")
-    if args.online_steps % args.num_envs or args.learning_starts % args.num_envs:
-        raise UserError("--online-steps and --learning-starts must be multiples of --num-envs")
     if args.buffer_size < args.num_envs * args.horizon_length:
         raise UserError(
             "--buffer-size must hold at least --horizon-length rows of each environment"
@@ -2360,10 +2757,23 @@ def resolve(args, task):
     return args
 
 
-def fill(args, **values):
-    """Set those of `values` that no flag has set; env_id always."""
-    unset = {k: v for k, v in values.items() if getattr(args, k) is None or k == "env_id"}
-    return dataclasses.replace(args, **unset)
+def whole_blocks(args, env):
+    """(online steps before learning starts, all of them), rounded up: to steps of all environments,
+    then to whole blocks. Where updates overlap with the first step of a block and there is no
+    dataset, a block of rows must be there before."""
+    up = lambda steps, unit: -(-steps // unit) * unit
+    block = args.num_envs * block_steps(args)
+    first = up(min(args.learning_starts, args.online_steps), args.num_envs)
+    if env is None and args.num_envs > 1 and args.mode == "online":
+        first = max(first, block)
+    learning = max(args.online_steps - first, 1 if args.mode == "online" else 0)
+    return first, first + up(learning, block)
+
+
+def ring_rows(args):
+    """Rows of the replay: those an update may see, and those that the rest of its block adds."""
+    rows = min(args.online_steps, args.buffer_size)
+    return rows + -rows % args.num_envs + block_steps(args) * args.num_envs
 
 
 def entropy_ceiling(args, dim):
@@ -2373,7 +2783,29 @@ def entropy_ceiling(args, dim):
     return float(dim * (draws + step + jnp.log(args.action_scale)))
 
 
-def fit_to_task(args, obs_dim, act_dim):
+def fit_to_env(args, task, env):
+    """Settle what depends on the environment -> (args, (observation size, action size))."""
+    try:
+        spaces = env or ask(make_host_env, task, args.success_timing)
+    except gymnasium.error.Error as e:  # say, a package that this environment needs
+        raise UserError(" ".join(str(e).split())) from e
+    obs, box, vector = spaces.observation_space, spaces.action_space, gymnasium.spaces.Box
+    if env is None:
+        spaces.close()
+    if not all(isinstance(space, vector) and len(space.shape) == 1 for space in (obs, box)):
+        raise UserError(f"{task.name} has observations {obs} and actions {box}: choose a task "
+                        "where both are vectors")  # fmt: skip
+    args = fill(args, action_scale=float(box.high[0]))
+    scale = args.action_scale
+    if not (scale < np.inf and np.allclose(box.low, -scale) and np.allclose(box.high, scale)):
+        raise UserError(
+            f"--action-scale is {scale:g}, but {task.name} has the box {box}: leave it out, or "
+            "choose a task with one and the same scale in each dimension"
+        )
+    return fit_to_sizes(args, obs.shape[0], box.shape[0]), (obs.shape[0], box.shape[0])
+
+
+def fit_to_sizes(args, obs_dim, act_dim):
     """What depends on the sizes of observation and action: target entropy, memory."""
     if args.autotune:
         if args.mode == "offline-to-online" and args.target_entropy is None:
@@ -2386,7 +2818,8 @@ def fit_to_task(args, obs_dim, act_dim):
                 f"whose entropy is at most {ceiling:.4f}: lower it or raise --sigma"
             )
     rows, row = args.num_seeds * ring_rows(args), 4 * (2 * obs_dim + act_dim + 3)
-    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", host_memory())
+    on_host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", on_host)
     if rows * row > memory * jax.device_count():
         raise UserError(
             f"the replay of {args.num_seeds} seed(s) takes {rows * row / 1e9:.1f} GB, and the "
@@ -2395,389 +2828,8 @@ def fit_to_task(args, obs_dim, act_dim):
     return args
 
 
-def host_memory():
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def make_jax_env(task, args):
-    """The task's environment as pure functions, or None where only the official one exists."""
-    maze = task.base.removeprefix("pointmaze-")
-    built_in = args.env_backend in ("auto", "jax")
-    if task.name == PENDULUM and built_in:
-        return Pendulum()
-    if task.base != maze and maze in MAZES and built_in:
-        return PointMaze(maze, task.index, args.success_timing)
-    if args.env_backend == "mjx" and task.gym_id and task.base == maze:
-        return make_mjx(task, MJX_TASKS, lambda: MjxLocomotion(task.gym_id))
-    if args.env_backend in ("jax", "mjx") or not task.gym_id:
-        raise UserError(f"{task.name} has no {args.env_backend} environment; drop --env-backend")
-    return None
-
-
-def open_env(task, env, args):
-    """(observation size, action size) of the task, whose action box must be that of the flags."""
-    spaces = env or make_host_env(task.gym_id, args.success_timing if task.dataset else None)
-    box, scale = spaces.action_space, args.action_scale
-    if not (np.allclose(box.low, -scale) and np.allclose(box.high, scale)):
-        raise UserError(f"--action-scale is {scale:g}, but {task.name} has the box {box}")
-    return spaces.observation_space.shape[0], box.shape[0]
-
-
-# ---- collecting and learning ----
-def block_steps(args):
-    """Vector steps after which a whole number of actor updates is due. With one environment, three
-    steps and then three critic updates and one of the actor equal step after step: the actor that
-    acts is the same, and each update sees the rows that it would have seen."""
-    per_step = args.num_envs * args.utd
-    return args.policy_delay // np.gcd(args.policy_delay, per_step)
-
-
-def ring_rows(args):
-    """Rows of the replay: those an update may see, and those that the rest of its block adds."""
-    rows = min(args.online_steps, args.buffer_size)
-    rows += -rows % args.num_envs + block_steps(args) * args.num_envs
-    return int(rows)
-
-
-def sample_and_update(carry, data, settings, nets, args, first=0, kinds=None):
-    """Sample and update once for each of the `kinds` of step -> (carry, metrics).
-
-    carry: state and, online, replay. `first`: number of the update within its block.
-    """
-    offline_to_online = args.mode == "offline-to-online"
-    kinds = kinds or (("bc", "rl") if offline_to_online else ("rl",))
-    state, replay = carry["state"], carry.get("replay")
-
-    def keys(state, j=0):
-        return jax.random.split(purpose_key(state.seed, "update", state.step + j))
-
-    def draw(j):
-        visible = {}
-        if replay is not None:  # the rows that existed at the step of update first + j
-            later = block_steps(args) - 1 - (first + j) // (args.num_envs * args.utd)
-            visible = dict(added=replay["added"] - args.num_envs * later, limit=args.buffer_size)
-        batch = sample_chunks(
-            keys(state, j)[0], data, replay, args.batch_size, args.horizon_length, args.gamma,
-            stride=args.num_envs, **visible,
-        )  # fmt: skip
-        for name in ("obs", "next_obs"):
-            batch[name] = (batch[name] - state.obs_mean) / state.obs_std
-        return batch
-
-    batches, metrics = [draw(j) for j in range(args.policy_delay)], {}
-    for kind in kinds:  # offline both on the same batch, with keys of their own
-        state, info = update(state, batches, keys(state)[1], settings, nets, args, kind)
-        metrics |= info
-    return carry | {"state": state}, metrics
-
-
-def gradient_step(carry, data, settings, nets, args, first=0, kinds=None):
-    """`sample_and_update` with its metrics added to the running sums, once per critic update."""
-    carry, metrics = sample_and_update(carry, data, settings, nets, args, first, kinds)
-    sums = carry["sums"]
-    metrics = {k: metrics.get(k, jnp.zeros(())) for k in sums["train"]}
-    for _ in range(args.policy_delay):
-        sums = add_sums(sums, metrics)
-    return carry | {"sums": sums}
-
-
-def learn_block(carry, data, settings, nets, args):
-    """All updates of a block: groups of policy_delay critic updates and one of the actor."""
-    groups = block_steps(args) * args.num_envs * args.utd // args.policy_delay
-
-    def learn(g, carry):
-        first = g * args.policy_delay
-        return gradient_step(carry, data, settings, nets, args, first, ("rl",))
-
-    return jax.lax.fori_loop(0, groups, learn, carry)
-
-
-def explore(state, obs, time, nets, args, act_dim, warm_up):
-    """Chunks (E, H, A) for one seed's environments at online step `time`."""
-    key, shape = purpose_key(state.seed, "act", time), (len(obs), args.horizon_length, act_dim)
-    if warm_up and args.mode == "online":
-        return args.action_scale * jax.random.uniform(key, shape, minval=-1, maxval=1)
-    act = lambda obs, key: policy(state, obs, key, nets, args)
-    return jax.vmap(act)(obs, jax.random.split(key, len(obs))).reshape(shape)
-
-
-def store(carry, obs, actions, out, returns, args, warm_up):
-    """Put one step of all environments into the replay and note the episodes that ended."""
-    done = out["terminated"] | out["truncated"]
-    reward = jnp.where(out["reward"] != 0, -1.0, 0.0) if args.sparse else out["reward"]
-    rows = dict(obs=obs, actions=actions, rewards=reward, next_obs=out["next_obs"])
-    rows |= dict(masks=1.0 - out["terminated"], terminals=done)
-    carry = carry | {"replay": insert(carry["replay"], rows)}
-    if warm_up:  # these returns are not the trained policy's
-        return carry
-    recent = jnp.concatenate([jnp.where(done, returns, jnp.nan), carry["recent"]])
-    recent = recent[jnp.argsort(jnp.isnan(recent))][:RECENT]  # stable: the newest come first
-    sums = add_episodes(carry["sums"], returns, done, out["success"])
-    return carry | {"recent": recent, "sums": sums}
-
-
-def environment_step(carry, env, nets, args, act_dim, warm_up):
-    """One step of a JAX environment (num_envs copies)."""
-    state, envs, time = carry["state"], carry["envs"], carry["replay"]["added"]
-    obs, taken = observe(env, envs["state"]), envs["taken"]
-    chunks = jax.lax.cond(  # open loop: a new chunk where the last one is used up
-        (taken == 0).any(),
-        lambda: explore(state, obs, time, nets, args, act_dim, warm_up),
-        lambda: envs["chunks"],
-    )
-    chunks = jnp.where((taken == 0)[:, None, None], chunks, envs["chunks"])
-    actions = chunks[jnp.arange(len(taken)), taken]
-    env_state, out = step_envs(env, envs["state"], actions, purpose_key(state.seed, "env", time))
-    returns = envs["returns"] + out["reward"]
-    carry = store(carry, obs, actions, out, returns, args, warm_up)
-    done = out["terminated"] | out["truncated"]
-    carry["envs"] = dict(
-        state=env_state,
-        returns=jnp.where(done, 0.0, returns),
-        chunks=chunks,
-        taken=jnp.where(done, 0, (taken + 1) % args.horizon_length),
-    )
-    return carry
-
-
-def online_block(carry, data, settings, env, nets, args, act_dim, warm_up):
-    """A block of steps of a JAX environment, then its updates."""
-
-    def step(i, carry):
-        return environment_step(carry, env, nets, args, act_dim, warm_up)
-
-    if warm_up:
-        return step(0, carry)
-    carry = jax.lax.fori_loop(0, block_steps(args), step, carry)
-    return learn_block(carry, data, settings, nets, args)
-
-
-class HostLoop:
-    """Online phase on official environments.
-
-    One environment: a block of steps, then its updates, exactly in the published order; they run
-    while further actions of a chunk are played. More environments: the updates of a block run
-    while the simulators take the next step.
-    """
-
-    def __init__(self, envs, data, settings, nets, args, act_dim, warm_up):
-        def learn(carry, data, settings):
-            return learn_block(carry, data, settings, nets, args)
-
-        def act(state, obs, time):
-            return explore(state, obs, time, nets, args, act_dim, warm_up)
-
-        def keep(carry, *inputs):
-            return store(carry, *inputs, args, warm_up)
-
-        self.envs, self.args, self.warm_up = envs, args, warm_up
-        self.act = jax.jit(jax.vmap(act))
-        self.learn = Program(learn, data, settings)
-        self.store = jax.jit(jax.vmap(keep), donate_argnums=0)
-        self.num_steps = 1 if warm_up else block_steps(args)
-
-    @property
-    def seconds(self):
-        return self.learn.seconds
-
-    def restart(self, carry):
-        """Begin new episodes whose seeds depend on the step alone, so that a run that goes on from
-        a checkpoint equals one that was never interrupted."""
-        time, num_envs = int(carry["replay"]["added"][0]), self.args.num_envs
-        shape = (self.args.num_seeds, num_envs)
-        ids = [(self.args.seed + s, time, e) for s in range(shape[0]) for e in range(num_envs)]
-        seeds = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
-        self.obs = self.envs.reset(seed=seeds)[0].astype(np.float32).reshape(*shape, -1)
-        self.returns, self.taken = np.zeros(shape, np.float32), np.zeros(shape, int)
-        self.chunks = 0.0
-        return end_episodes(carry, num_envs)
-
-    def __call__(self, carry, n):
-        for i in range(n * self.num_steps):
-            obs, due = self.obs, self.taken == 0
-            if due.any():
-                chunks = np.asarray(self.act(carry["state"], obs, carry["replay"]["added"]))
-                self.chunks = np.where(due[..., None, None], chunks, self.chunks)
-            actions = np.take_along_axis(self.chunks, self.taken[..., None, None], axis=2)[:, :, 0]
-            self.envs.step_async(actions.reshape(self.envs.num_envs, -1))
-            learn = not self.warm_up
-            if learn and self.args.num_envs > 1 and i % self.num_steps == 0:
-                carry = self.learn(carry, 1)  # returns before it is done
-            out, self.obs = self.outcome(obs.shape)
-            self.returns = self.returns + out["reward"]
-            carry = self.store(carry, obs, actions, out, self.returns)
-            done = out["terminated"] | out["truncated"]
-            self.returns = self.returns * ~done
-            self.taken = np.where(done, 0, (self.taken + 1) % self.args.horizon_length)
-            if learn and self.args.num_envs == 1 and (i + 1) % self.num_steps == 0:
-                carry = self.learn(carry, 1)
-        return carry
-
-    def outcome(self, shape):
-        """Wait for the simulators -> (rows' outcome, observations with which to go on)."""
-        obs, reward, terminated, truncated, info = self.envs.step_wait()
-        next_obs, success = obs.astype(np.float32), np.zeros(len(reward), np.float32)
-        for i in np.flatnonzero(terminated | truncated):  # there, obs already starts an episode
-            next_obs[i] = info["final_obs"][i]
-            if "success" in info["final_info"]:
-                success[i] = info["final_info"]["success"][i]
-        out = dict(reward=reward.astype(np.float32), success=success, next_obs=next_obs)
-        out |= dict(terminated=terminated, truncated=truncated & ~terminated)
-        out = {k: v.reshape(*shape[:2], *v.shape[1:]) for k, v in out.items()}
-        return out, obs.astype(np.float32).reshape(shape)
-
-
-def end_episodes(carry, num_envs):
-    """What was under way ends here: no chunk may join the newest rows with what comes."""
-    rows, added = carry["replay"]["rows"], carry["replay"]["added"]
-    newest = (added[:, None] - 1 - jnp.arange(num_envs)) % rows["terminals"].shape[1]
-    seeds = jnp.arange(len(added))[:, None]
-    terminals = rows["terminals"].at[seeds, newest].set(1.0)  # before the first row: never read
-    return carry | {"replay": carry["replay"] | {"rows": rows | {"terminals": terminals}}}
-
-
-def make_phases(task, env, data, nets, args, obs_dim, act_dim):
-    """The offline phases and, if asked for, the online ones: without updates, then with them."""
-    settings = PhaseSettings(jnp.float32(args.beta or 0.0))
-    online = PhaseSettings(jnp.float32(args.beta_online or 0.0))
-    phases = []
-
-    def offline(name, start, end, kinds):
-        def learn(carry, data, settings):
-            return gradient_step(carry, data, settings, nets, args, kinds=kinds)
-
-        if start < end:
-            phases.append(Phase(name, start, end, lambda c: c, Program(learn, data, settings)))
-
-    if args.offline_schedule == "sequential":
-        middle = round(args.bc_fraction * args.offline_steps)
-        offline("cloning", 0, middle, ("bc",))
-        offline("offline", middle, args.offline_steps, ("rl",))
-    else:
-        offline("offline", 0, args.offline_steps, ("bc", "rl"))
-    if not args.online_steps:
-        return phases
-
-    envs, num_envs = None, args.num_envs
-    if env is None:
-        same_step = gymnasium.vector.AutoresetMode.SAME_STEP
-        timing = args.success_timing if task.dataset else None
-        envs = make_host_envs(task.gym_id, timing, args.num_seeds * num_envs, same_step)
-
-    def fresh(seed, time):  # environments at the start of an episode
-        env_state = reset_envs(env, purpose_key(seed, "env", time, 1), num_envs)
-        chunks = jnp.zeros((num_envs, args.horizon_length, act_dim))
-        taken = jnp.zeros(num_envs, jnp.int32)
-        return dict(state=env_state, returns=jnp.zeros(num_envs), chunks=chunks, taken=taken)
-
-    def phase(name, start, end, warm_up):
-        if env is None:
-            advance = HostLoop(envs, data, online, nets, args, act_dim, warm_up)
-        else:
-            fixed = dict(env=env, nets=nets, args=args, act_dim=act_dim, warm_up=warm_up)
-            advance = Program(functools.partial(online_block, **fixed), data, online)
-
-        def enter(carry):
-            seeds = carry["state"].seed
-            if "replay" not in carry:
-                make = lambda seed: make_replay(ring_rows(args), obs_dim, act_dim)
-                carry = carry | {"replay": place(jax.jit(jax.vmap(make))(seeds), args.num_seeds)}
-            if env is None:
-                return advance.restart(carry)
-            new = jax.jit(jax.vmap(fresh))(seeds, carry["replay"]["added"])
-            return end_episodes(carry, num_envs) | {"envs": place(new, args.num_seeds)}
-
-        stride = num_envs * (1 if warm_up else block_steps(args))
-        restart = advance.restart if env is None else None
-        return Phase(name, start, end, enter, advance, int(stride), restart)
-
-    start = args.offline_steps + min(args.learning_starts, args.online_steps)
-    end = args.offline_steps + args.online_steps
-    phases += [phase("warm-up", args.offline_steps, start, True)] * (args.learning_starts > 0)
-    return [*phases, *[phase("online", start, end, False)] * (start < end)]
-
-
-def start_states(args, obs_dim, act_dim, mean, std):
-    """Fresh states of all seeds on the device(s)."""
-    seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
-    init = jax.vmap(lambda seed: init_state(args, obs_dim, act_dim, mean, std, seed))
-    return place(jax.jit(init)(seeds), args.num_seeds)
-
-
-def start_carry(args, data, nets, state):
-    """The carry with which a run starts: states, metric sums, last returns (none yet)."""
-    beta, sample = PhaseSettings(jnp.float32(0)), data
-    if data is None:  # online: the metrics of an update from the replay, which is not there yet
-        obs_dim = state.obs_mean.shape[-1]
-        rows = make_replay(1, obs_dim, nets.dim)["rows"]
-        sample = {k: jnp.zeros((args.horizon_length, *v.shape[1:])) for k, v in rows.items()}
-    one = jax.tree.map(lambda x: x[0], state)
-    inputs = (sample, beta, nets, args)
-    _, metrics = jax.eval_shape(lambda s: sample_and_update({"state": s}, *inputs), one)
-    sums = place(jax.vmap(lambda seed: zero_sums(metrics))(state.seed), args.num_seeds)
-    recent = place(jnp.full((args.num_seeds, RECENT), jnp.nan), args.num_seeds)
-    return dict(state=state, sums=sums, recent=recent)
-
-
-def evaluation_policies(nets, args):
-    """How to act in evaluation: with the policy's noise (the published numbers' way) or without."""
-    act = functools.partial(policy, nets=nets, args=args)
-    return dict(stochastic=act, deterministic=functools.partial(act, deterministic=True))
-
-
-def train(args, task):
-    """Train from the start, or from the checkpoint of --resume; writes the run directory."""
-    tree, facts = load_checkpoint(args.resume) if args.resume else (None, {"step": 0})
-    env = make_jax_env(task, args)
-    obs_dim, act_dim = open_env(task, env, args)
-    args = fit_to_task(args, obs_dim, act_dim)
-    raw, source, data = None, "none: online from scratch", None
-    mean, std = jnp.zeros(obs_dim), jnp.ones(obs_dim)
-    if task.dataset:
-        raw, source = load_dataset(task, args.dataset_dir, args.success_timing)
-        if args.sparse:
-            raw["rewards"] = -(raw["rewards"] != 0).astype(np.float32)
-        data = place(chunk_data(raw), args.num_seeds, copy=True)
-    if args.normalize_obs:
-        mean, std = data["obs"].mean(axis=0), data["obs"].std(axis=0) + 1e-6
-    nets = make_networks(args, act_dim)
-    phases = make_phases(task, env, data, nets, args, obs_dim, act_dim)
-
-    state = start_states(args, obs_dim, act_dim, mean, std)
-    carry = start_carry(args, data, nets, state)
-    if tree is not None:  # enter the phase in which the checkpoint was made, then fill it in
-        current = next((p for p in phases if facts["step"] <= p.end), phases[-1])
-        carry = current.enter(carry)
-        carry = restore(carry, tree, args.resume)
-        carry = current.restart(carry) if current.restart else carry
-    policies = evaluation_policies(nets, args)
-    run = Run(args, task, source, raw, policies, facts["step"])
-    run.header(raw)
-    evaluate = make_evaluate(task, env, policies, args)
-    run.finish(train_loop(run, carry, phases, evaluate, args))
-
-
-def evaluate_only(args, task):
-    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
-    tree, facts = load_checkpoint(args.evaluate)
-    env = make_jax_env(task, args)
-    obs_dim, act_dim = open_env(task, env, args)
-    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    state = restore(state, tree["state"], args.evaluate)
-    policies = evaluation_policies(make_networks(args, act_dim), args)
-    results = make_evaluate(task, env, policies, args)(state, facts["step"])
-    print_evaluation(task, args, policies, facts["step"], results)
-
-
-# ---- main ----
-def run(args):
-    """Resolve the arguments, then train or evaluate."""
-    task = find_task(args.env_id)
-    args = resolve(args, task)
-    if args.matmul_precision != "default":
-        jax.config.update("jax_default_matmul_precision", args.matmul_precision)
-    evaluate_only(args, task) if args.evaluate else train(args, task)
+# endregion
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(run, Args))
+    sys.exit(command_line(main, Args))

@@ -113,8 +113,8 @@ class Timed:
         critic = "iql" if panel == "iql" else "td"
         flags = dict(env_id="antmaze-large", flow_steps=flow_steps, critic=critic)
         flags |= dict(hidden_dims=bench.hidden_dims, batch_size=bench.batch_size)
-        args = flowq.Args(**flags)
-        args = flowq.resolve(args, flowq.parse_task(args.env_id))
+        task = flowq.parse_task("antmaze-large")
+        args = flowq.resolve(flowq.Args(**flags), task)
         keys = jax.random.split(jax.random.key(0), 3)
         obs_shape = (bench.batch_size, bench.obs_dim)
         batch = dict(
@@ -124,7 +124,7 @@ class Timed:
             returns=-jnp.ones(bench.batch_size),
             discounts=jnp.full(bench.batch_size, 0.99),
         )
-        nets = flowq.make_networks(args, bench.act_dim)
+        nets = flowq.make_networks(args, bench.act_dim, task)
         settings = flowq.Settings(jnp.float32(args.guidance_lambda))
         mean, std = jnp.zeros(bench.obs_dim), jnp.ones(bench.obs_dim)
         self.state = flowq.init_state(args, bench.obs_dim, bench.act_dim, mean, std, 0)

@@ -10,6 +10,7 @@ update with batches that NumPy gathers.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import sys
 import time
@@ -72,27 +73,30 @@ def random_data(bench):
 
 
 # ---- the bootstrap ----
-def fused(fmq, nets, args, params, target, batch, noise):
-    """As in fmq.update: forward only, first layers split, target critic on the winners alone."""
-    chunk = fmq.best_of_n(params, nets, args, batch["next_obs"], noise, False)
-    q = nets.critic(target, batch["next_obs"], chunk).mean(axis=0)
-    y = batch["returns"] + batch["discounts"] * q
+def with_gradient(fmq, nets, state, batch, y):
+    """(y, gradient of the critic's loss against it)."""
     loss = lambda critic: fmq.critic_loss({"critic": critic}, nets, batch, y)[0]
-    return y, jax.grad(loss)(params["critic"])
+    return y, jax.grad(loss)(state.params["critic"])
 
 
-def repeated(fmq, nets, args, params, target, batch, noise):
+def fused(fmq, nets, args, state, batch, noise):
+    """As fmq.py: forward only, first layers split, target critic on the winners alone."""
+    y = fmq.td_target(state, nets, args, batch, noise)
+    return with_gradient(fmq, nets, state, batch, y)
+
+
+def repeated(fmq, nets, args, state, batch, noise):
     """Every candidate is a row with its own copy of observation and times; both critics judge all
     candidates; the target is computed inside the differentiated loss."""
     size, n, dim = noise.shape
-    rows = size * n
+    rows, params = size * n, state.params
 
     def loss(critic):
         obs = jnp.repeat(batch["next_obs"], n, axis=0)
         x, zero, one = noise.reshape(rows, dim), jnp.zeros((rows, 1)), jnp.ones((rows, 1))
         chunks = jnp.clip(x + nets.actor(params["actor"], obs, x, zero, one), -1, 1)
         score = nets.critic(critic, obs, chunks).mean(axis=0).reshape(size, n)
-        value = nets.critic(target, obs, chunks).mean(axis=0).reshape(size, n)
+        value = nets.critic(state.target_critic, obs, chunks).mean(axis=0).reshape(size, n)
         best = score.argmax(axis=1)[:, None]
         q = jnp.take_along_axis(value, best, axis=1)[:, 0]
         y = jax.lax.stop_gradient(batch["returns"] + batch["discounts"] * q)
@@ -102,9 +106,9 @@ def repeated(fmq, nets, args, params, target, batch, noise):
     return y, grads
 
 
-def one_by_one(fmq, nets, args, params, target, batch, noise):
+def one_by_one(fmq, nets, args, state, batch, noise):
     """A loop over the candidates that keeps the best so far."""
-    obs = batch["next_obs"]
+    obs, params = batch["next_obs"], state.params
 
     def candidate(best, x):
         chunk = jnp.clip(x + nets.actor(params["actor"], obs, x, 0.0, 1.0), -1, 1)
@@ -115,22 +119,19 @@ def one_by_one(fmq, nets, args, params, target, batch, noise):
 
     start = (jnp.full(len(obs), -jnp.inf), jnp.zeros_like(batch["actions"]))
     (_, chunk), _ = jax.lax.scan(candidate, start, noise.swapaxes(0, 1))
-    q = nets.critic(target, obs, chunk).mean(axis=0)
-    y = batch["returns"] + batch["discounts"] * q
-    loss = lambda critic: fmq.critic_loss({"critic": critic}, nets, batch, y)[0]
-    return y, jax.grad(loss)(params["critic"])
+    q = nets.critic(state.target_critic, obs, chunk).mean(axis=0)
+    return with_gradient(fmq, nets, state, batch, batch["returns"] + batch["discounts"] * q)
 
 
 def bootstrap_table(fmq, bench):
     args, nets, state = setup(fmq, bench)
-    state = jax.tree.map(lambda x: x[0], state)
     other = fmq.start_states(dataclasses.replace(args, seed=1), bench.obs_dim, bench.act_dim, 0, 1)
-    target = jax.tree.map(lambda x: x[0], other.target_critic)
+    state = jax.tree.map(lambda x: x[0], state.replace(target_critic=other.target_critic))
     data = fmq.place(random_data(bench), 1)
     key, noise_key = jax.random.split(jax.random.key(0))
     batch = fmq.sample_chunks(key, data, None, args.batch_size, args.horizon, args.gamma)
     shape = (args.batch_size, args.num_samples, args.horizon * bench.act_dim)
-    inputs = (state.params, target, batch, jax.random.normal(noise_key, shape))
+    inputs = (state, batch, jax.random.normal(noise_key, shape))
     print("| TD target and critic gradient | ms | ratio | peak MiB | ratio | largest difference |")
     print("|---|---|---|---|---|---|")
     first = None
@@ -157,8 +158,7 @@ def latency_table(fmq, bench):
     for mode, flags in ways:
         args, nets, state = setup(fmq, bench, **flags)
         state = jax.tree.map(lambda x: x[0], state)
-        fixed = dict(mode=mode, nets=nets, args=args, act_dim=bench.act_dim)
-        decide = jax.jit(lambda s, o, k, fixed=fixed: fmq.policy(s, o, k, **fixed))
+        decide = jax.jit(functools.partial(fmq.make_policy(nets, args), mode=mode))
         inputs = (state, jnp.ones(bench.obs_dim), jax.random.key(0))
         ms = 1e3 * float(np.median(times(lambda d=decide, i=inputs: d(*i), bench.decisions)))
         first = first or ms
@@ -169,10 +169,9 @@ def latency_table(fmq, bench):
 def device_rate(fmq, bench, objective, args, nets, state, data):
     """Updates per second with many in one dispatch and batches drawn on the device."""
 
-    def step(carry, data):
-        return fmq.sample_and_update(carry, data, objective, nets, args)[0]
-
-    program, carry = fmq.Program(step, data), {"state": state}
+    learn = fmq.make_learn(nets, args, objective)
+    program, carry = fmq.Program(learn, data), {"state": state}
+    carry["sums"] = fmq.zero_sums(learn, carry, data)
 
     def dispatch():
         nonlocal carry
@@ -187,8 +186,7 @@ def host_rate(fmq, bench, objective, args, nets, state, data):
     rng, window = np.random.default_rng(0), np.arange(args.horizon)
     weights = np.float32(args.gamma) ** window
     keys = jax.random.split(jax.random.key(0), args.num_seeds)
-    step = lambda state, batch, key: fmq.update(state, batch, key, objective, nets, args)
-    step = jax.jit(jax.vmap(step), donate_argnums=0)
+    step = jax.jit(jax.vmap(fmq.make_update(nets, args, objective)), donate_argnums=0)
 
     def gather():
         size = (args.num_seeds, args.batch_size)

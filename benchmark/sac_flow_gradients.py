@@ -71,7 +71,7 @@ def measure(nets, args, params, stats, obs, key, train=False):
 
 
 def resolve(sac, policy, bench, **flags):
-    task = sac.find_task("Hopper-v4")
+    task, flags = sac.parse_task("Hopper-v4"), flags | dict(action_scale=1.0)
     args = sac.Args(env_id=task.name, policy=policy, flow_steps=bench.flow_steps, **flags)
     return sac.fill(sac.resolve(args, task), target_entropy=0.0)
 
@@ -117,7 +117,8 @@ def pendulum(sac, policy, bench):
         command = [sys.executable, str(SCRIPT), *map(str, flags)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     run = sorted(directory.glob("*/result.json"))[-1].parent
-    args = sac.resolve(sac.read_args(run, [], sac.Args()), sac.find_task(sac.PENDULUM))
+    args = sac.read_args(run, [], sac.Args())
+    args = sac.resolve(args, sac.parse_task(args.env_id))
     tree, _ = sac.load_checkpoint(run)
     state = sac.start_states(args, 3, 1, jnp.zeros(3), jnp.ones(3))
     state = sac.restore(state, tree["state"], run)

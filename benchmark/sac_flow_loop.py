@@ -59,11 +59,11 @@ def resolved(sac, env_id, bench, num_envs):
     flags = {k: getattr(bench, k) for k in ("policy", "hidden_dim", "critic_hidden_dims")}
     flags |= dict(batch_size=bench.batch_size, policy_delay=bench.policy_delay)
     flags |= dict(num_envs=num_envs, learning_starts=bench.warm_up, online_steps=120_000)
-    task = sac.find_task(env_id)
+    task = sac.parse_task(env_id)
     args = sac.resolve(sac.Args(env_id=env_id, **flags), task)
     env = sac.make_jax_env(task, args)
-    sizes = sac.open_env(task, env, args)
-    return task, sac.fit_to_task(args, *sizes), env, sizes
+    args, sizes = sac.fit_to_env(args, task, env)
+    return task, args, env, sizes
 
 
 def fastest(fn, bench):
@@ -80,11 +80,11 @@ def fastest(fn, bench):
 
 def script_loop(sac, env_id, bench, num_envs):
     """Environment steps per second of the script's loop."""
-    task, args, env, (obs_dim, act_dim) = resolved(sac, env_id, bench, num_envs)
-    nets = sac.make_networks(args, act_dim)
-    state = sac.start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
+    task, args, env, sizes = resolved(sac, env_id, bench, num_envs)
+    nets = sac.make_networks(args, sizes[1])
+    state = sac.start_states(args, *sizes, jnp.zeros(sizes[0]), jnp.ones(sizes[0]))
     carry = sac.start_carry(args, None, nets, state)
-    warm_up, online = sac.make_phases(task, env, None, nets, args, obs_dim, act_dim)
+    warm_up, online = sac.make_phases(task, env, None, nets, args, sizes)
     carry = warm_up.advance(warm_up.enter(carry), bench.warm_up // warm_up.stride)
     carry = online.enter(carry)
 
@@ -104,10 +104,14 @@ def plain_loop(sac, env_id, bench):
     _, args, env, (obs_dim, act_dim) = resolved(sac, env_id, bench, 1)
     nets = sac.make_networks(args, act_dim)
     state = sac.init_state(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim), 0)
-    settings = sac.PhaseSettings(jnp.float32(0))
-    act = jax.jit(lambda state, obs, key: sac.policy(state, obs, key, nets, args))
+    act = jax.jit(sac.make_policy(nets, args))
     critic = jax.jit(lambda s, b, k: sac.critic_step(s, b, k, nets, args))
-    actor = jax.jit(lambda s, b, k: sac.actor_step(s, s, b, k, settings, nets, args, "rl"))
+
+    @jax.jit
+    def actor(state, batch, key):
+        critic = state.params["critic"], state.stats["critic"]
+        return sac.actor_step(state, critic, batch, key, 0.0, nets, args)
+
     rows = dict(obs=(obs_dim,), actions=(act_dim,), returns=(), discounts=(), next_obs=(obs_dim,))
     rows = {k: np.zeros((100_000, *shape), np.float32) for k, shape in rows.items()}
     rng, count, key = np.random.default_rng(0), 0, jax.random.key(0)
@@ -147,7 +151,6 @@ def plain_loop(sac, env_id, bench):
                 continue
             index = rng.integers(0, count, args.batch_size)
             batch = {k: v[index] for k, v in rows.items()}
-            batch["valid"] = np.ones((args.batch_size, 1), np.float32)
             state, info = critic(state, batch, keys[2])
             if count % args.policy_delay == 0:
                 state, _ = actor(state, batch, keys[3])

@@ -71,11 +71,11 @@ def load_script(name):
 
 
 def resolve(script, flags):
-    """Arguments as the script's `run` resolves them, from keyword flags."""
+    """Arguments as the script's `main` resolves them, from keyword flags."""
     found, train = [], script.train
     script.train = lambda args, task: found.append(args)
     try:
-        script.run(script.Args(**flags))
+        script.main(script.Args(**flags))
     finally:
         script.train = train
     return found[0]
@@ -128,9 +128,8 @@ def gsflow_case(flags, num_rows):
     """GSFlow, or FQL by flags, on antmaze-large."""
     script, sizes = load_script("gsflow"), (29, 8)
     args = resolve(script, dict(env_id="antmaze-large") | flags)
-    args = script.fill(args, target_entropy=-args.target_entropy_scale * sizes[1])
-    nets = script.make_networks(args, sizes[1])
-    settings = script.PhaseSettings(jnp.float32(args.alpha), jnp.float32(0))
+    nets, settings = script.make_networks(args, sizes[1]), script.phase_settings(args, "offline")
+    learn, update = script.make_learn(nets, args), script.make_update(nets, args)
 
     def flops(params):
         names = ("velocity", "critic", "student", "encoder", "decoder")
@@ -143,10 +142,10 @@ def gsflow_case(flags, num_rows):
     return Case(
         script, args, sizes,
         data=script.device_data(random_rows(num_rows, *sizes), args.n_step, args.gamma),
-        step=lambda carry, data: script.sample_and_update(carry, data, settings, nets, args)[0],
-        update=lambda state, b, key: script.update(state, b[0], key, settings, nets, args)[0],
+        step=lambda carry, data: {"state": learn(carry, data, settings)["state"]},
+        update=lambda state, b, key: update(state, b[0], key, settings)[0],
         gather=gather_rows,
-        policies=script.evaluation_policies(nets, args, sizes[1]),
+        policies=script.evaluation_policies(nets, args),
         flops=flops,
     )  # fmt: skip
 
@@ -155,8 +154,10 @@ def flowq_case(flags, num_rows):
     """FlowQ on antmaze-large."""
     script, sizes = load_script("flowq"), (29, 8)
     args = resolve(script, dict(env_id="antmaze-large") | flags)
-    nets = script.make_networks(args, sizes[1])
+    task = script.parse_task(args.env_id)
+    nets = script.make_networks(args, sizes[1], task)
     settings = script.Settings(jnp.float32(args.guidance_lambda))
+    learn, update = script.make_learn(nets, args), script.make_update(nets, args)
 
     def flops(params):
         velocity, critic = kernel_flops(params, "velocity"), kernel_flops(params, "critic")
@@ -166,11 +167,11 @@ def flowq_case(flags, num_rows):
 
     return Case(
         script, args, sizes,
-        data=script.prepare(random_rows(num_rows, *sizes), args),
-        step=lambda carry, data: script.sample_and_update(carry, data, settings, nets, args)[0],
-        update=lambda state, b, key: script.update(state, b[0], key, settings, nets, args)[0],
+        data=script.prepare(random_rows(num_rows, *sizes), args, task),
+        step=lambda carry, data: {"state": learn(carry, data, settings)["state"]},
+        update=lambda state, b, key: update(state, b[0], key, settings)[0],
         gather=gather_rows,
-        policies=script.evaluation_policies(nets, args, sizes[1]),
+        policies=script.evaluation_policies(nets, args),
         flops=flops,
     )  # fmt: skip
 
@@ -180,6 +181,8 @@ def fmq_case(flags, num_rows, objective="offline"):
     script, sizes = load_script("fmq"), (46, 5)
     args = resolve(script, dict(env_id="cube-triple-task4") | flags)
     nets = script.make_networks(args, sizes[1])
+    learn = script.make_learn(nets, args, objective)
+    update = script.make_update(nets, args, objective)
 
     def flops(params):
         actor, critic = kernel_flops(params, "actor"), kernel_flops(params, "critic")
@@ -198,10 +201,10 @@ def fmq_case(flags, num_rows, objective="offline"):
     return Case(
         script, args, sizes,
         data=script.chunk_data(random_rows(num_rows, *sizes)),
-        step=lambda carry, data: script.sample_and_update(carry, data, objective, nets, args)[0],
-        update=lambda state, b, key: script.update(state, b[0], key, objective, nets, args)[0],
+        step=lambda carry, data: {"state": learn(carry, data)["state"]},
+        update=lambda state, b, key: update(state, b[0], key)[0],
         gather=lambda rows, index: gather_windows(rows, index, args.horizon, args.gamma),
-        policies=script.evaluation_policies(nets, args, sizes[1]) if objective == "offline" else {},
+        policies=script.evaluation_policies(nets, args) if objective == "offline" else {},
         flops=flops,
     )  # fmt: skip
 
@@ -209,12 +212,14 @@ def fmq_case(flags, num_rows, objective="offline"):
 def sac_flow_case(flags, num_rows):
     """SAC Flow: from scratch on Hopper, or offline-to-online on cube-triple."""
     script = load_script("sac_flow")
-    args = resolve(script, flags)
+    args = resolve(script, dict(action_scale=1.0) | flags)
     online = args.mode == "online"
     sizes = (11, 3) if online else (46, 5)
-    args = script.fit_to_task(args, *sizes)
-    nets = script.make_networks(args, sizes[1])
-    settings = script.PhaseSettings(jnp.float32(args.beta or 0))
+    args = script.fit_to_sizes(args, *sizes)
+    nets, beta = script.make_networks(args, sizes[1]), jnp.float32(args.beta or 0)
+    kinds = (False,) if online else (True, False)  # flow matching, then RL
+    updates = [script.make_update(nets, args, clone=kind) for kind in kinds]
+    learn = script.make_learn(nets, args, *updates)
 
     def flops(params):
         actor, critic = params["actor"], kernel_flops(params, "critic")
@@ -230,14 +235,14 @@ def sac_flow_case(flags, num_rows):
         return args.batch_size * per_row
 
     def update(state, batches, key):
-        for kind in ("rl",) if online else ("bc", "rl"):
-            state, _ = script.update(state, batches, key, settings, nets, args, kind)
+        for one in updates:
+            state, _ = one(state, batches, key, beta)
         return state
 
     return Case(
         script, args, sizes,
         data=script.chunk_data(random_rows(num_rows, *sizes)),
-        step=lambda carry, data: script.sample_and_update(carry, data, settings, nets, args)[0],
+        step=lambda carry, data: {"state": learn(carry, data, beta)["state"]},
         update=update,
         gather=lambda rows, index: gather_windows(rows, index, args.horizon_length, args.gamma),
         policies=script.evaluation_policies(nets, args),
@@ -362,7 +367,8 @@ def time_jax_env(bench):
 
 def time_host_env(bench):
     """Seconds per step of OGBench's own point maze in this process, random actions."""
-    env = load_script("gsflow").make_host_env("pointmaze-medium-singletask-task1-v0", "post")
+    script = load_script("gsflow")
+    env = script.make_host_env(script.parse_task("pointmaze-medium"), "post")
     env.reset(seed=0)
     actions = np.random.default_rng(0).uniform(-1, 1, (bench.env_steps, 2)).astype(np.float32)
 

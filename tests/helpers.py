@@ -13,7 +13,7 @@ TINY = dict(hidden_dims=(8, 8), prior_hidden_dims=(8,), batch_size=16, num_candi
 def resolved(gsflow, act_dim, **flags):
     """(task, args) as the script resolves them, target entropy included."""
     flags = dict(env_id="multi-crescent") | flags
-    task = gsflow.parse_task(flags["env_id"], gsflow.OTHER_TASKS)
+    task = gsflow.parse_task(flags["env_id"])
     args = gsflow.resolve(gsflow.Args(**flags), task)
     return task, gsflow.fill(args, target_entropy=-args.target_entropy_scale * act_dim)
 
@@ -65,10 +65,8 @@ def make_carry(gsflow, args, data, nets, settings):
     """The carry with which a run starts: states of all seeds and sums of metrics."""
     obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
     state = gsflow.start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    one = jax.tree.map(lambda x: x[0], state)
-    inputs = (data, settings, nets, args)
-    _, metrics = jax.eval_shape(lambda s: gsflow.sample_and_update({"state": s}, *inputs), one)
-    return dict(state=state, sums=jax.vmap(lambda seed: gsflow.zero_sums(metrics))(state.seed))
+    learn = gsflow.make_learn(nets, args)
+    return dict(state=state, sums=gsflow.zero_sums(learn, {"state": state}, data, settings))
 
 
 def with_changes(args, **changes):

@@ -12,6 +12,11 @@ from conftest import ROOT
 NUM_TRANSITIONS = 6_000
 
 
+def flags(gsflow, directory, **others):
+    """Arguments that say where datasets lie."""
+    return gsflow.Args(dataset_dir=str(directory), **others)
+
+
 @pytest.fixture(scope="module")
 def collected(gsflow, tmp_path_factory):
     """cube-single through the fallback: no file, no network, so the collector is called."""
@@ -24,7 +29,7 @@ def collected(gsflow, tmp_path_factory):
     patch.setattr(ogbench, "download_datasets", no_network)
     patch.setattr(gsflow, "AUTO_COLLECT", NUM_TRANSITIONS)
     task = gsflow.parse_task("cube-single")
-    data, source = gsflow.load_dataset(task, str(directory), "post")
+    data, source = gsflow.load_dataset(task, flags(gsflow, directory))
     patch.undo()
     return task, directory, data, source
 
@@ -35,7 +40,9 @@ def test_fallback_collects_and_labels(gsflow, collected, capsys):
     assert len(data["rewards"]) == NUM_TRANSITIONS
     names = sorted(path.name for path in directory.iterdir())
     assert names == [f"{task.dataset}.collected{part}.npz" for part in ("-val", "")]
-    again, source_again = gsflow.load_dataset(task, str(directory), "post")  # found, not made anew
+    again, source_again = gsflow.load_dataset(
+        task, flags(gsflow, directory)
+    )  # found, not made anew
     assert source_again == source
     np.testing.assert_array_equal(again["observations"], data["observations"])
 
@@ -54,7 +61,7 @@ def test_point_maze_relabelling_equals_ogbench(gsflow, tmp_path):
     raw = gsflow.collect_pointmaze("medium", 20_000)
     for part in ("", "-val"):
         np.savez(tmp_path / f"{task.dataset}{part}.npz", **raw)
-    data, source = gsflow.load_dataset(task, str(tmp_path), "post")
+    data, source = gsflow.load_dataset(task, flags(gsflow, tmp_path))
     assert source == "official"
     path = str(tmp_path / f"{task.dataset}.npz")
     env, official, _ = ogbench.make_env_and_datasets(task.name, dataset_path=path)
@@ -68,7 +75,7 @@ def test_copied_script_without_the_repository(gsflow, tmp_path, monkeypatch):
     monkeypatch.setattr(gsflow, "download", lambda *args: False)
     monkeypatch.setattr(gsflow, "__file__", str(tmp_path / "copies" / "gsflow.py"))
     with pytest.raises(gsflow.UserError, match=r"put cube-single-play-v0\.npz there, or make one"):
-        gsflow.load_dataset(gsflow.parse_task("cube-single"), str(tmp_path), "post")
+        gsflow.load_dataset(gsflow.parse_task("cube-single"), flags(gsflow, tmp_path))
 
 
 def test_names_resolve_to_official_environments(gsflow):
@@ -99,9 +106,9 @@ def test_training_on_collected_data_learns(gsflow, collected):
     """After 400 small updates the teacher's action fits the held-out state it is given better than
     that of another state; an untrained one cannot tell states apart."""
     task, directory, data, _ = collected
-    flags = ["--offline-steps", "400", "--hidden-dims", "128", "128", "--learning-rate", "1e-3"]
-    flags += ["--prior", "gaussian", "--student", "deterministic", "--normalize-obs", "True"]
-    args = gsflow.tyro.cli(gsflow.Args, args=["--env-id", "cube-single", *flags])
+    argv = ["--offline-steps", "400", "--hidden-dims", "128", "128", "--learning-rate", "1e-3"]
+    argv += ["--prior", "gaussian", "--student", "deterministic", "--normalize-obs", "True"]
+    args = gsflow.tyro.cli(gsflow.Args, args=["--env-id", "cube-single", *argv])
     args = gsflow.resolve(args, task)
     rows = gsflow.device_data(data, args.n_step, args.gamma)
     mean, std = rows["obs"].mean(axis=0), rows["obs"].std(axis=0) + 1e-6
@@ -109,11 +116,9 @@ def test_training_on_collected_data_learns(gsflow, collected):
     nets = gsflow.make_networks(args, act_dim)
     before = gsflow.start_states(args, len(mean), act_dim, mean, std)
     settings = gsflow.PhaseSettings(jnp.float32(args.alpha), jnp.float32(0))
-
-    def step(carry, rows):
-        return gsflow.sample_and_update(carry, rows, settings, nets, args)[0]
-
-    after = gsflow.Program(step, rows)({"state": jax.tree.map(jnp.copy, before)}, 400)["state"]
+    learn, carry = gsflow.make_learn(nets, args), {"state": jax.tree.map(jnp.copy, before)}
+    carry["sums"] = gsflow.zero_sums(learn, carry, rows, settings)
+    after = gsflow.Program(learn, rows, settings)(carry, 400)["state"]
     with np.load(directory / f"{task.dataset}.collected-val.npz") as file:
         obs, actions = file["observations"][:-1], file["actions"][:-1]
     obs = (jnp.asarray(obs) - mean) / std

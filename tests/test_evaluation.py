@@ -44,7 +44,9 @@ def rollout(observe, step, horizon, steps):
 
 @pytest.fixture
 def args():
-    return types.SimpleNamespace(seed=0, num_seeds=1, eval_episodes=3, success_timing="post")
+    return types.SimpleNamespace(
+        seed=0, num_seeds=1, eval_episodes=3, success_timing="post", env_backend="auto"
+    )
 
 
 @pytest.mark.parametrize("horizon", [1, 3])

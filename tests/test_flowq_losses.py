@@ -1,7 +1,6 @@
 """FlowQ's losses, guidance and sampler against independent calculations."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 from conftest import ROOT, load_script
+from helpers import make_carry, random_params
 from helpers import make_state as fresh_state
-from helpers import random_params
 
 TINY = dict(env_id="pointmaze-medium", hidden_dims=(8, 8), batch_size=16, flow_steps=3)
 TIMES = np.array([0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 0.95])
@@ -22,9 +21,25 @@ def flowq():
     return load_script(ROOT / "algos" / "flowq.py")
 
 
+OWN_TASK = """
+import numpy as np
+from types import SimpleNamespace
+from gymnasium.spaces import Box
+
+def make_task(name, dataset_dir):
+    unused = dict(initial=None, transition=None, max_episode_steps=1)
+    env = SimpleNamespace(action_space=Box(-1, 1, (2,), np.float32), **unused)
+    return dict(env=env, critic=lambda obs, a: obs[..., 0] * a[..., 0] + a[..., 1])
+"""
+
+
 def resolved(flowq, **flags):
     args = flowq.Args(**(TINY | flags))
-    return flowq.resolve(args, flowq.parse_task(args.env_id, flowq.OTHER_TASKS))
+    return flowq.resolve(args, flowq.parse_task(args.env_id))
+
+
+def make_networks(flowq, args, act_dim=2):
+    return flowq.make_networks(args, act_dim, flowq.parse_task(args.env_id))
 
 
 def make_batch(obs_dim=3, act_dim=2, size=16, seed=0):
@@ -82,7 +97,7 @@ def test_weight_table(flowq, form, schedule):
 def test_learned_schedule_starts_at_t_and_keeps_its_ends(flowq):
     """c = 1 - t exactly at the start; whatever the parameters, r(1) = 1 and c >= 0."""
     args = resolved(flowq, schedule="learned")
-    nets, state = flowq.make_networks(args, 2), make_state(flowq, args)
+    nets, state = make_networks(flowq, args), make_state(flowq, args)
     fresh = fresh_state(flowq, args, 3, 2).params
     t = jnp.linspace(0, 0.999, 50)[:, None]
     np.testing.assert_array_equal(flowq.guidance_weight(fresh, t, nets, args), 1 - t)
@@ -117,7 +132,7 @@ def slope_of_quadratic(y, obs, how):
 def test_policy_loss(flowq, grad_at, how, clip):
     """The whole loss in NumPy: place and clip of the gradient, scale, cap, target."""
     args = resolved(flowq, grad_at=grad_at, guidance_q=how, guidance_clip=clip, schedule="t2")
-    nets = flowq.make_networks(args, 2)._replace(critic=quadratic)
+    nets = make_networks(flowq, args)._replace(critic=quadratic)
     state = make_state(flowq, args).replace(target_critic=QUADRATIC)
     batch, (eps, t) = make_batch(), draws((16, 2))
     loss, info = flowq.policy_loss(
@@ -150,7 +165,7 @@ def test_policy_loss(flowq, grad_at, how, clip):
 
 def test_policy_gradient_by_finite_differences(flowq):
     args = resolved(flowq)
-    nets, state = flowq.make_networks(args, 2), make_state(flowq, args)
+    nets, state = make_networks(flowq, args), make_state(flowq, args)
     batch, (eps, t) = make_batch(), draws((16, 2))
 
     def loss(velocity):
@@ -169,7 +184,7 @@ def test_policy_gradient_by_finite_differences(flowq):
 def guidance_of(flowq, critic, y, q_norm="mean-abs"):
     """Scaled slope at data actions y, for a critic of (params, obs, actions)."""
     args = resolved(flowq, grad_at="data", q_norm=q_norm)
-    nets = flowq.make_networks(args, 2)._replace(critic=critic)
+    nets = make_networks(flowq, args)._replace(critic=critic)
     state = make_state(flowq, args)
     batch = make_batch() | {"actions": jnp.asarray(y, jnp.float32)}
     return flowq.energy_slope(state, batch, *draws((16, 2)), nets, args)[0]
@@ -191,24 +206,42 @@ def test_normaliser_undoes_scale_but_not_offset(flowq):
 def test_toy_has_no_box(flowq):
     """Beyond +-1 the toy's actions are not clipped: neither data, nor paths' ends."""
     args = resolved(flowq, env_id="energy-toy", flow_steps=1)
-    raw = flowq.toy_dataset(seed=0, rows=1_000)
-    data = flowq.prepare(raw, args)
+    task = flowq.parse_task("energy-toy")
+    raw = load_script(ROOT / "benchmark" / "tasks" / "energy_toy.py").toy_dataset(0, rows=1_000)
+    data = flowq.prepare(raw, args, task)
     np.testing.assert_array_equal(data["actions"], raw["actions"])
     assert np.abs(raw["actions"]).max() > 1.2
-    nets = flowq.make_networks(args, 2)._replace(velocity=lambda p, obs, x, t: 0 * x)
+    nets = make_networks(flowq, args)._replace(velocity=lambda p, obs, x, t: 0 * x)
     x = jnp.asarray([[3.0, -2.0]])
     np.testing.assert_array_equal(flowq.flow_endpoint(None, nets, jnp.zeros((1, 1)), x, args), x)
-    boxed = resolved(flowq)
+    boxed = make_networks(flowq, resolved(flowq))._replace(velocity=nets.velocity)
     np.testing.assert_array_equal(
-        flowq.flow_endpoint(None, nets, jnp.zeros((1, 1)), x, boxed), [[1.0, -1.0]]
+        flowq.flow_endpoint(None, boxed, jnp.zeros((1, 1)), x, args), [[1.0, -1.0]]
     )
+
+
+def test_exact_critic_is_the_task_files(flowq, tmp_path):
+    """Q of the file, for both critics; the box is that of its environment; td works there too."""
+    (tmp_path / "own.py").write_text(OWN_TASK)
+    task = flowq.parse_task(f"{tmp_path}/own.py:any")
+    nets = {}
+    for critic in ("exact", "td"):
+        args = flowq.resolve(flowq.Args(critic=critic, hidden_dims=(8,)), task)
+        nets[critic] = flowq.make_networks(args, 2, task)
+    obs, actions = jnp.asarray([[1.0], [2.0]]), jnp.asarray([[0.5, 3.0], [0.25, 1.0]])
+    q = nets["exact"].critic(None, obs, actions)
+    np.testing.assert_array_equal(q, [[3.5, 1.5]] * 2)
+    still = nets["exact"]._replace(velocity=lambda p, obs, x, t: 0 * x)
+    ends = flowq.flow_endpoint(None, still, obs, actions, args)
+    np.testing.assert_array_equal(ends, [[0.5, 1.0], [0.25, 1.0]])
+    assert set(flowq.init_params(args, 1, 2, jax.random.key(0))) == {"velocity", "critic"}
 
 
 # ---- what receives a gradient ----
 @pytest.mark.parametrize("critic", ["td", "iql"])
 def test_gradients_reach_one_net_each(flowq, critic):
     args = resolved(flowq, critic=critic, schedule="learned", grad_at="denoised")
-    nets, state = flowq.make_networks(args, 2), make_state(flowq, args)
+    nets, state = make_networks(flowq, args), make_state(flowq, args)
     batch, (eps, t), key = make_batch(), draws((16, 2)), jax.random.key(0)
     drawn = (batch, eps, t, settings(flowq), nets, args)
 
@@ -242,14 +275,13 @@ def test_gradients_reach_one_net_each(flowq, critic):
 def policies_after(flowq, lam, critic_seed, steps=300):
     """State of two vmapped seeds after some updates, for some starting critics."""
     args = resolved(flowq, num_seeds=2, normalize_obs=False)
-    nets = flowq.make_networks(args, 2)
-    state = flowq.start_states(args, 3, 2, jnp.zeros(3), jnp.ones(3))
-    critic = random_params(state.params["critic"], critic_seed)
-    copy = jax.tree.map(jnp.copy, critic)
-    state = state.replace(params=state.params | {"critic": critic}, target_critic=copy)
-    learn = lambda c, data, s: flowq.sample_and_update(c, data, s, nets, args)[0]
-    program = flowq.Program(learn, make_batch(size=64), settings(flowq, lam))
-    return program({"state": state}, steps)["state"]
+    nets, data = make_networks(flowq, args), make_batch(size=64)
+    carry = make_carry(flowq, args, data, nets, settings(flowq, lam))
+    critic = random_params(carry["state"].params["critic"], critic_seed)
+    copy, params = jax.tree.map(jnp.copy, critic), carry["state"].params | {"critic": critic}
+    carry["state"] = carry["state"].replace(params=params, target_critic=copy)
+    program = flowq.Program(flowq.make_learn(nets, args), data, settings(flowq, lam))
+    return program(carry, steps)["state"]
 
 
 def flow_matching(params, state, batch, eps, t, settings, nets, args):
@@ -279,7 +311,7 @@ def test_lambda_zero_is_flow_matching_bit_for_bit(flowq, monkeypatch):
 def test_td_target_and_critic_loss(flowq):
     """One sampled action per next state, clipped, judged by the averaged policy and targets."""
     args = resolved(flowq, q_agg="min")
-    nets, state = flowq.make_networks(args, 2), make_state(flowq, args)
+    nets, state = make_networks(flowq, args), make_state(flowq, args)
     batch, key = make_batch(), jax.random.key(3)
     target = flowq.td_target(state.params, state, batch, key, nets, args)
     x = jax.random.normal(key, (1, 16, 2))[0]
@@ -296,7 +328,7 @@ def test_td_target_and_critic_loss(flowq):
 def test_max_backup_takes_each_critics_best_sample_first(flowq):
     args = resolved(flowq, q_agg="min", max_backup_samples=2)
     table = jnp.asarray([[[1.0], [4.0]], [[3.0], [2.0]]])  # critics x samples x one row
-    nets = flowq.make_networks(args, 2)._replace(critic=lambda p, obs, a: table)
+    nets = make_networks(flowq, args)._replace(critic=lambda p, obs, a: table)
     batch = make_batch(size=1) | dict(returns=jnp.zeros(1), discounts=jnp.ones(1))
     target = flowq.td_target({}, make_state(flowq, args), batch, jax.random.key(0), nets, args)
     assert target == 3  # min over samples first would give 2
@@ -304,7 +336,7 @@ def test_max_backup_takes_each_critics_best_sample_first(flowq):
 
 def test_iql_target_and_expectile(flowq):
     args = resolved(flowq, critic="iql", expectile=0.7)
-    nets, state = flowq.make_networks(args, 2), make_state(flowq, args)
+    nets, state = make_networks(flowq, args), make_state(flowq, args)
     batch = make_batch()
     target = flowq.td_target(state.params, state, batch, jax.random.key(0), nets, args)
     v = nets.value(state.params["value"], batch["next_obs"])
@@ -326,7 +358,7 @@ def test_iql_target_and_expectile(flowq):
 def test_schedule_loss(flowq):
     """Row weights, capped advantage and residual in NumPy."""
     args = resolved(flowq, schedule="learned", guidance_clip=0.0)
-    nets, state = flowq.make_networks(args, 2), make_state(flowq, args)
+    nets, state = make_networks(flowq, args), make_state(flowq, args)
     batch, (eps, t), lam = make_batch(), draws((16, 2)), 40.0
     loss, info = flowq.schedule_loss(
         state.params, state, batch, eps, t, settings(flowq, lam), nets, args
@@ -349,9 +381,9 @@ def test_schedule_loss(flowq):
 # ---- one update ----
 def test_update_moves_every_net_and_averages(flowq):
     args = resolved(flowq, schedule="learned", schedule_warmup=1, tau=0.1, ema_decay=0.9)
-    nets, state = flowq.make_networks(args, 2), make_state(flowq, args)
-    step_once = functools.partial(flowq.update, nets=nets, args=args)
-    step = jax.jit(lambda s: step_once(s, make_batch(), jax.random.key(0), settings(flowq))[0])
+    nets, state = make_networks(flowq, args), make_state(flowq, args)
+    update = flowq.make_update(nets, args)
+    step = jax.jit(lambda s: update(s, make_batch(), jax.random.key(0), settings(flowq))[0])
     after = step(state)
     again = step(after)
     moved = lambda a, b: any(
@@ -378,10 +410,10 @@ def test_policy_loss_uses_the_target_critic_before_its_step(flowq):
     steps = []
     for tau in (0.0, 1.0):
         args = resolved(flowq, tau=tau)
-        nets, state = flowq.make_networks(args, 2), make_state(flowq, args)
+        nets, state = make_networks(flowq, args), make_state(flowq, args)
         key = jax.random.key(0)
-        step = functools.partial(flowq.update, nets=nets, args=args)
-        new, _ = jax.jit(step)(state, make_batch(), key, settings(flowq))
+        step = jax.jit(flowq.make_update(nets, args))
+        new, _ = step(state, make_batch(), key, settings(flowq))
         steps.append(new.params["velocity"])
     for a, b in zip(*map(jax.tree.leaves, steps), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -416,7 +448,7 @@ def test_policy_update_does_not_depend_on_flow_steps(flowq):
     for critic in ("td", "iql"):
         for k in (1, 50):
             args = resolved(flowq, flow_steps=k, critic=critic, schedule="learned")
-            nets, state = flowq.make_networks(args, 2), make_state(flowq, args)
+            nets, state = make_networks(flowq, args), make_state(flowq, args)
             batch, (eps, t), lam = make_batch(), draws((16, 2)), settings(flowq)
 
             def policy_step(params, state, nets=nets, args=args, drawn=(batch, eps, t, lam)):
@@ -431,7 +463,7 @@ def test_policy_update_does_not_depend_on_flow_steps(flowq):
                 return flowq.td_target(params, state, batch, jax.random.key(0), nets, args)
 
             def whole(state, nets=nets, args=args, batch=batch, lam=lam):
-                return flowq.update(state, batch, jax.random.key(0), lam, nets, args)
+                return flowq.make_update(nets, args)(state, batch, jax.random.key(0), lam)
 
             programs["policy", critic, k] = traced(policy_step, state.params, state)
             programs["target", critic, k] = traced(target, state.params, state)
@@ -445,7 +477,7 @@ def test_best_of_n(flowq):
     """N = 1 is one plain sample bit for bit; N = 50 keeps the draw that the smaller critic likes
     best; observations are standardised."""
     args = resolved(flowq)
-    nets, state = flowq.make_networks(args, 2), make_state(flowq, args)
+    nets, state = make_networks(flowq, args), make_state(flowq, args)
     state = state.replace(obs_mean=jnp.asarray([1.0, 2.0, 3.0]), obs_std=jnp.full(3, 2.0))
     obs, key = jnp.asarray([0.3, -1.0, 5.0]), jax.random.key(7)
     scaled = (obs - state.obs_mean) / 2
@@ -454,14 +486,15 @@ def test_best_of_n(flowq):
         noise = jax.random.normal(key, (n, 2))
         return flowq.flow_endpoint(state.ema, nets, jnp.tile(scaled, (n, 1)), noise, args)
 
-    one = flowq.policy(state, obs, key, 1, nets, args, 2)
+    policy = flowq.make_policy(nets, args)
+    one = policy(state, obs, key, 1)
     np.testing.assert_array_equal(one, sample(1)[0])
     draws = sample(50)
     q = nets.critic(state.target_critic, jnp.tile(scaled, (50, 1)), draws).min(0)
-    best = flowq.policy(state, obs, key, 50, nets, args, 2)
+    best = policy(state, obs, key, 50)
     np.testing.assert_array_equal(best, draws[np.argmax(q)])
     known = nets._replace(critic=lambda p, obs, a: jnp.stack([a[:, 0], a[:, 0] + a[:, 1] ** 2]))
-    best = flowq.policy(state, obs, key, 50, known, args, 2)
+    best = flowq.make_policy(known, args)(state, obs, key, 50)
     np.testing.assert_array_equal(best, draws[draws[:, 0].argmax()])
 
 
@@ -469,7 +502,7 @@ def test_evaluation_modes(flowq):
     task = flowq.parse_task("pointmaze-medium")
     for n, modes in ((50, ["n1", "n50"]), (1, ["n1"])):
         args = resolved(flowq, eval_candidates=n)
-        policies = flowq.evaluation_policies(flowq.make_networks(args, 2), args, 2)
+        policies = flowq.evaluation_policies(make_networks(flowq, args), args)
         assert list(policies) == modes
     assert flowq.metric_names(task, ["n1", "n50"])[0] == "success_n1"
 
@@ -479,7 +512,7 @@ def test_sinusoid_time_embedding(flowq):
     args = resolved(flowq, time_embedding="sinusoid", activation="mish")
     params = random_params(flowq.init_params(args, 3, 2, jax.random.key(0))["velocity"], 1)
     obs, x, t = jnp.ones((4, 3)), jnp.ones((4, 2)), jnp.asarray([[0.0], [0.1], [0.5], [0.9]])
-    out = flowq.make_networks(args, 2).velocity(params, obs, x, t)
+    out = make_networks(flowq, args).velocity(params, obs, x, t)
     mish = lambda z: z * np.tanh(np.log1p(np.exp(z)))
     angles = 1000 * np.float64(t) / 10_000 ** (np.arange(8) / 7)
     waves = np.concatenate([np.sin(angles), np.cos(angles)], 1)
@@ -509,6 +542,15 @@ def test_reward_transforms(flowq):
         np.testing.assert_allclose(flowq.transform_rewards(raw, how), rewards, rtol=1e-5)
 
 
+def test_return_range_needs_one(flowq):
+    """Episodes that all return the same have no range to divide by."""
+    raw = dict(rewards=np.array([1.0, 0, 0, 1], np.float32), terminals=np.array([0, 1, 0, 1]))
+    with pytest.raises(flowq.UserError, match="returns, but all of them are 1 here"):
+        flowq.transform_rewards(raw, "return-range")
+    raw["rewards"][0] = 2.0
+    np.testing.assert_allclose(flowq.transform_rewards(raw, "return-range"), [2_000, 0, 0, 1_000])
+
+
 def test_prepare_clips_actions_and_transforms_before_the_targets(flowq):
     raw = dict(
         observations=np.zeros((3, 2), np.float32),
@@ -521,7 +563,7 @@ def test_prepare_clips_actions_and_transforms_before_the_targets(flowq):
     args = resolved(
         flowq, n_step=2, gamma=0.5, reward_transform="antmaze-cql", dataset_action_clip=0.1
     )
-    data = flowq.prepare(raw, args)
+    data = flowq.prepare(raw, args, flowq.parse_task("pointmaze-medium"))
     np.testing.assert_allclose(data["actions"], [[0.9, -0.9], [0.5, 0.9], [0, 0]], atol=1e-6)
     np.testing.assert_allclose(data["returns"], [2 - 1, -2 + 1, 2])
     np.testing.assert_allclose(data["discounts"], [0.25, 0.25, 0.5])

@@ -14,7 +14,8 @@ from conftest import ROOT, load_script
 
 SCRIPT = ROOT / "algos" / "flowq.py"
 TINY = "--hidden-dims 8 8 --batch-size 16 --flow-steps 2 --eval-episodes 3 --eval-candidates 4"
-TINY = (TINY + " --updates-per-dispatch 20 --offline-steps 200 --eval-interval 100").split()
+TINY += " --log-interval 20 --offline-steps 200 --eval-interval 100 --checkpoint-interval 100"
+TINY = TINY.split()
 VARIANTS = {  # what a state may hold: no critic; critic, value, base flow and schedule
     "toy": "--env-id energy-toy --schedule learned --schedule-warmup 50",
     "maze": "--critic iql --schedule learned --schedule-warmup 50 --lr-decay True",
@@ -88,9 +89,11 @@ def test_a_run_leaves_what_it_should(references, name):
     assert float(rows[0]["train/c_25"]) == 0.75 != float(rows[-1]["train/c_25"])
     assert rows[-1]["eval/success_n1"] and rows[-1]["eval/success_n4"]
     args = json.loads((run / "args.json").read_text())["args"]
-    assert None not in [v for k, v in args.items() if k not in ("resume", "evaluate")]
+    unset = ("resume", "evaluate", "dataset", "wandb_project")
+    assert None not in [v for k, v in args.items() if k not in unset]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,number", [("toy", signal.SIGTERM), ("maze", signal.SIGKILL)])
 def test_interrupted_and_resumed_equals_uninterrupted(references, data_dir, tmp_path, name, number):
     """The last checkpoint and all metrics are the same bytes."""
@@ -110,6 +113,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(references, data_dir, tmp_
     assert columns_without_time(run) == columns_without_time(whole)
 
 
+@pytest.mark.slow
 def test_a_vmapped_seed_equals_its_single_run(flowq, references, data_dir, tmp_path):
     flags = [*TINY, *VARIANTS["maze"], "--dataset-dir", data_dir, "--seed", 1]
     finish(start(*flags, "--out-dir", tmp_path))
@@ -125,7 +129,7 @@ def test_a_vmapped_seed_equals_its_single_run(flowq, references, data_dir, tmp_p
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_evaluate_repeats_the_final_evaluation(flowq, references, capsys, name):
-    assert flowq.command_line(flowq.run, flowq.Args, ["--evaluate", str(references[name])]) == 0
+    assert flowq.command_line(flowq.main, flowq.Args, ["--evaluate", str(references[name])]) == 0
     out = capsys.readouterr().out
     result = json.loads((references[name] / "result.json").read_text())
     for mode, first in (("n1", 2), ("n4", 5)):
@@ -135,21 +139,44 @@ def test_evaluate_repeats_the_final_evaluation(flowq, references, capsys, name):
             assert out.splitlines()[first + i].split() == [str(i), *expected]
 
 
+def test_evaluate_with_other_steps_and_candidates(flowq, references):
+    """The ablation of K on one checkpoint: from the same noise other steps lead elsewhere."""
+    run, returns = references["toy"], {}
+    for steps in ("2", "50"):
+        argv = ["--evaluate", str(run), "--flow-steps", steps, "--eval-candidates", "2"]
+        results = flowq.main(flowq.read_args(run, argv, flowq.Args()))
+        assert list(results)[::3] == ["success_n1", "success_n2"]
+        returns[steps] = results["return_n1"]
+    stored = json.loads((run / "result.json").read_text())["episodes"]["return_n1"]
+    np.testing.assert_allclose(returns["2"], stored, rtol=1e-6)  # the run's own K
+    assert np.abs(returns["50"] - stored).min() > 1e-4
+
+
 BAD_FLAGS = {
     "unknown task": ("--env-id cube-singel", "close matches: cube-single"),
     "nothing to do": ("--offline-steps 0", "nothing to train"),
     "learned form": ("--schedule learned --velocity-form field", "needs --velocity-form score"),
-    "exact elsewhere": ("--critic exact", "--critic exact belongs to energy-toy"),
-    "toy critic": ("--env-id energy-toy --critic td", "drop --critic"),
+    "exact elsewhere": ("--critic exact", "--critic exact needs a task file"),
+    "learned nothing": ("--schedule learned --guidance-lambda 0", "--guidance-lambda above 0"),
     "samples of iql": ("--critic iql --max-backup-samples 10", "needs --critic td"),
+    "join of iql": ("--critic iql --q-agg min", "--q-agg needs --critic td"),
+    "expectile of td": ("--expectile 0.8", "--expectile needs --critic iql"),
+    "idle warm-up": ("--schedule-warmup 10", "--schedule-warmup needs --schedule learned"),
+    "toy's rewards": ("--env-id energy-toy --reward-transform standardize", "a critic that learns"),
+    "toy's discount": ("--env-id energy-toy --gamma 0.9", "--gamma needs a critic that learns"),
+    "toy's target": ("--env-id energy-toy --tau 0.1", "--tau needs a critic that learns"),
+    "toy's steps": ("--env-id energy-toy --n-step 3", "--n-step needs a critic that learns"),
+    "toy's join": ("--env-id energy-toy --guidance-q min", "--guidance-q needs a critic"),
+    "toy's layers": ("--env-id energy-toy --critic-hidden-dims 8", "needs a critic that learns"),
+    "toy's norm": ("--env-id energy-toy --no-critic-layer-norm", "needs a critic that learns"),
     "no samples": ("--max-backup-samples 0", "--max-backup-samples is 0"),
     "no candidates": ("--eval-candidates 0", "--eval-candidates is 0"),
     "flow steps": ("--flow-steps 0", "--flow-steps is 0"),
     "lambda": ("--guidance-lambda -1", "--guidance-lambda is -1"),
     "nan lambda": ("--guidance-lambda nan", "--guidance-lambda is nan"),
     "guidance clip": ("--guidance-clip -1", "--guidance-clip is -1"),
-    "warm-up": ("--schedule-warmup -1", "--schedule-warmup is -1"),
-    "expectile": ("--expectile 1", "--expectile must be below 1"),
+    "warm-up": ("--schedule learned --schedule-warmup -1", "--schedule-warmup is -1"),
+    "expectile": ("--critic iql --expectile 1", "--expectile must be below 1"),
     "average": ("--ema-decay 1.5", "--ema-decay must be below 1"),
     "gamma": ("--gamma 1.5", "--gamma is 1.5"),
     "empty layer": ("--critic-hidden-dims 64 0", "--critic-hidden-dims needs layers"),
@@ -164,17 +191,30 @@ def test_bad_flags(flowq, tmp_path, capsys, monkeypatch, name):
     """One sentence with the remedy on stderr, exit code 2, nothing written."""
     flags, message = BAD_FLAGS[name]
     monkeypatch.chdir(tmp_path)
-    assert flowq.command_line(flowq.run, flowq.Args, flags.split()) == 2
+    assert flowq.command_line(flowq.main, flowq.Args, flags.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_idle_flags_are_used_where_they_have_an_effect(flowq):
+    """What is refused above is accepted, and kept, where the method makes use of it."""
+    for flags in (
+        dict(critic="td", q_agg="min", max_backup_samples=2),
+        dict(critic="iql", expectile=0.7),
+        dict(schedule="learned", schedule_warmup=10),
+        dict(env_id="energy-toy", critic="td", gamma=0.5, tau=0.1, n_step=3),
+    ):
+        args = flowq.Args(**flags)
+        resolved = vars(flowq.resolve(args, flowq.parse_task(args.env_id)))
+        assert {k: resolved[k] for k in flags} == flags
 
 
 @pytest.mark.parametrize("flags", ["--schedule t3", "--velocity-form exact", "--online-steps 10"])
 def test_flags_that_do_not_parse(flowq, tmp_path, capsys, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
-        flowq.command_line(flowq.run, flowq.Args, flags.split())
+        flowq.command_line(flowq.main, flowq.Args, flags.split())
     assert exit.value.code == 2 and "Traceback" not in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -182,11 +222,12 @@ def test_flags_that_do_not_parse(flowq, tmp_path, capsys, monkeypatch, flags):
 def test_flags_that_do_not_fit_a_run(flowq, references, capsys):
     for name, flags, message in (
         ("maze", "--guidance-lambda 1", "--guidance-lambda was 100.0"),
+        ("maze", "--flow-steps 3", "--flow-steps was 2"),
         ("maze", "--offline-steps 200", "is complete at step 200"),
         ("toy", "--offline-steps 300", "--lr-decay ends at --offline-steps, 200"),
     ):
         argv = ["--resume", str(references[name]), *flags.split()]
-        assert flowq.command_line(flowq.run, flowq.Args, argv) == 2
+        assert flowq.command_line(flowq.main, flowq.Args, argv) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1
 
@@ -196,7 +237,7 @@ def test_task_table(flowq):
 
     def resolved(**flags):
         args = flowq.Args(**flags)
-        return flowq.resolve(args, flowq.parse_task(args.env_id, flowq.OTHER_TASKS))
+        return flowq.resolve(args, flowq.parse_task(args.env_id))
 
     cube = resolved(env_id="cube-single")
     assert cube.hidden_dims == cube.actor_hidden_dims == (512,) * 4 and cube.n_step == 1
@@ -210,13 +251,14 @@ def test_task_table(flowq):
     assert (maze.guidance_lambda, maze.n_step, maze.hidden_dims) == (0.0, 1, (128,) * 3)
 
 
+@pytest.mark.slow
 def test_point_maze_is_solved(flowq, tmp_path):
     """A few thousand updates with guidance; one sample per step, no choice among candidates."""
     task = flowq.parse_task("pointmaze-medium")
     args = flowq.resolve(flowq.Args(eval_candidates=1), task)
     env = flowq.make_jax_env(task, args)
-    policies = flowq.evaluation_policies(flowq.make_networks(args, 2), args, 2)
-    untrained = flowq.start_states(args, 2, 2, 0.0, 1.0)
+    policies = flowq.evaluation_policies(flowq.make_networks(args, 2, task), args)
+    untrained = flowq.start_states(args, 2, 2, np.zeros(2), np.ones(2))
     before = flowq.make_evaluate(task, env, policies, args)(untrained, 0)
     assert before["success_n1"].mean() <= 0.02
 

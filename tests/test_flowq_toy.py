@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import ROOT, load_script
+from helpers import make_carry
 
 FIXED = [(f, s) for f in ("score", "drop-time", "field") for s in ("t", "t2", "t2_over_1mt")]
 SCHEDULES = ("t", "t2", "t2_over_1mt")
+energy_toy = load_script(ROOT / "benchmark" / "tasks" / "energy_toy.py")
 ONE = np.ones(1)  # slope of Q = x in one dimension
 
 
@@ -28,13 +30,21 @@ def gaussian(toy, s):
     return toy.Mixture(np.ones(1), np.zeros((1, 1)), s)
 
 
-def two_modes(flowq, toy):
-    return toy.Mixture(np.full(2, 0.5), flowq.TOY_MEANS, flowq.TOY_STD)
+def two_modes(toy):
+    return toy.Mixture(np.full(2, 0.5), energy_toy.TOY_MEANS, energy_toy.TOY_STD)
 
 
 def resolved(flowq, **flags):
     args = flowq.Args(**(dict(env_id="energy-toy") | flags))
-    return flowq.resolve(args, flowq.parse_task(args.env_id, flowq.OTHER_TASKS))
+    return flowq.resolve(args, flowq.parse_task(args.env_id))
+
+
+def make_networks(flowq, args, dim):
+    return flowq.make_networks(args, dim, flowq.parse_task(args.env_id))
+
+
+def prepare(flowq, raw, args):
+    return flowq.prepare(raw, args, flowq.parse_task(args.env_id))
 
 
 # ---- one Gaussian, Q = x, lambda = 1: final means ----
@@ -122,7 +132,8 @@ def test_euler_steps(flowq, toy, flow_steps):
             def beta(t, s=s):
                 return (t * s**2 - (1 - t)) / ((t * s) ** 2 + (1 - t) ** 2)
 
-            nets = flowq.Networks(None, lambda p, obs, x, t, b=beta, c=c: b(t) * x + 0.7 * c(t))
+            field = lambda p, obs, x, t, b=beta, c=c: b(t) * x + 0.7 * c(t)
+            nets = flowq.Networks(1, np.inf, critic=None, velocity=field)
             out = flowq.flow_endpoint(None, nets, None, jnp.asarray(x), args)
             expected, spread = x, 1.0
             for k in range(flow_steps):
@@ -146,12 +157,12 @@ def test_few_euler_steps_undercount_late_guidance(toy):
 
 
 # ---- trained flows ----
-def train_flow(flowq, data, args, nets, dim):
+def train_flow(flowq, data, args, nets):
     """Final state of one run of the script's update on the data."""
-    state = flowq.start_states(args, 1, dim, jnp.zeros(1), jnp.ones(1))
-    learn = lambda c, data, s: flowq.sample_and_update(c, data, s, nets, args)[0]
     settings = flowq.Settings(jnp.float32(args.guidance_lambda))
-    carry = flowq.Program(learn, data, settings)({"state": state}, args.offline_steps)
+    carry = make_carry(flowq, args, data, nets, settings)
+    program = flowq.Program(flowq.make_learn(nets, args), data, settings)
+    carry = program(carry, args.offline_steps)
     return jax.tree.map(lambda x: x[0], carry["state"])
 
 
@@ -173,6 +184,7 @@ def bandit_rows(actions):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form,schedule", [*FIXED[:3], FIXED[5], FIXED[8]])
 def test_trained_flow_of_a_gaussian(flowq, form, schedule):
     """s = 0.5, through the script's policy loss, optimiser, averaging and sampler."""
@@ -182,22 +194,21 @@ def test_trained_flow_of_a_gaussian(flowq, form, schedule):
     )  # fmt: skip
     actions = 0.5 * np.random.default_rng(0).standard_normal((200_000, 1))
     slope_one = lambda p, obs, a: jnp.stack([a[..., 0]] * 2)
-    nets = flowq.make_networks(args, 1)._replace(critic=slope_one)
-    state = train_flow(flowq, flowq.prepare(bandit_rows(actions), args), args, nets, 1)
+    nets = make_networks(flowq, args, 1)._replace(critic=slope_one)
+    state = train_flow(flowq, prepare(flowq, bandit_rows(actions), args), args, nets)
     x = draw_flow(flowq, state, nets, args, 1)
     assert abs(x.mean() - MEANS[form, schedule][1]) < 0.03
     assert abs(x.std() - 0.5) < 0.03
 
 
+@pytest.mark.slow
 def test_trained_flow_of_two_modes(flowq, toy):
     """energy-toy as the script runs it, lambda = 1, against the table's row for S and h = t."""
     args = resolved(flowq)
-    nets = flowq.make_networks(args, 2)
-    data = flowq.prepare(flowq.toy_dataset(seed=0), args)
-    x = draw_flow(flowq, train_flow(flowq, data, args, nets, 2), nets, args, 2)
-    exact = toy.tilt_linear(two_modes(flowq, toy), toy.B, 1.0).sample(
-        np.random.default_rng(0), len(x)
-    )
+    nets = make_networks(flowq, args, 2)
+    data = prepare(flowq, energy_toy.toy_dataset(seed=0), args)
+    x = draw_flow(flowq, train_flow(flowq, data, args, nets), nets, args, 2)
+    exact = toy.tilt_linear(two_modes(toy), toy.B, 1.0).sample(np.random.default_rng(0), len(x))
     mass, shift, _, _ = toy.figures(x, exact)
     assert abs(mass - 0.699) < 0.03 and abs(shift - 0.117) < 0.04
 
@@ -220,7 +231,7 @@ TABLE = {  # upper mass, shift, W1 at lambda = 1 and 2
 @pytest.mark.parametrize("lam", [1.0, 2.0])
 @pytest.mark.parametrize("arm", TABLE, ids=str)
 def test_two_modes(flowq, toy, arm, lam):
-    p = two_modes(flowq, toy)
+    p = two_modes(toy)
     exact = toy.tilt_linear(p, toy.B, lam).sample(np.random.default_rng(1), 20_000)
     if arm == "none":
         field = toy.guided_field(p, toy.B, 0.0, lambda t: 0)
@@ -239,9 +250,9 @@ def test_two_modes(flowq, toy, arm, lam):
         assert mass < 0.48  # the wrong side
 
 
-def test_exact_posteriors(flowq, toy):
+def test_exact_posteriors(toy):
     """Linear and quadratic energies against importance weights; the toy's closed form."""
-    p, rng = two_modes(flowq, toy), np.random.default_rng(0)
+    p, rng = two_modes(toy), np.random.default_rng(0)
     for lam in (1.0, 2.0):
         tilted = toy.tilt_linear(p, toy.B, lam)
         upper = 1 / (1 + np.exp(-2 * lam))
@@ -322,12 +333,13 @@ def test_fitted_weights_find_the_oracle(toy, s):
     assert (toy.fitted_weights(gaussian(toy, s), ONE, 0.0, 20, None)[1] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("s", STDS)
 def test_learned_schedule_finds_the_oracle(flowq, s):
     """R2, the script's own loss, with the exact plain velocity as base flow."""
     args = resolved(flowq, schedule="learned")
     v = lambda t: (t * s) ** 2 + (1 - t) ** 2
-    nets = flowq.make_networks(args, 1)._replace(
+    nets = make_networks(flowq, args, 1)._replace(
         critic=lambda p, obs, a: jnp.stack([a[..., 0]] * 2),
         base=lambda p, obs, x, t: (t * s**2 - (1 - t)) / v(t) * x,
     )
@@ -373,12 +385,14 @@ def bandit_mean(flowq, lam):
         flowq, env_id="pointmaze-medium", guidance_lambda=lam, n_step=1,
         hidden_dims=(64, 64), offline_steps=3_000, normalize_obs=False,
     )  # fmt: skip
-    nets = flowq.make_networks(args, 1)
-    state = train_flow(flowq, flowq.prepare(bandit_rows(actions), args), args, nets, 1)
-    act = lambda key: flowq.policy(state, jnp.zeros(1), key, 1, nets, args, 1)
+    nets = make_networks(flowq, args, 1)
+    state = train_flow(flowq, prepare(flowq, bandit_rows(actions), args), args, nets)
+    policy = flowq.make_policy(nets, args)
+    act = lambda key: policy(state, jnp.zeros(1), key, 1)
     return jax.jit(jax.vmap(act))(jax.random.split(jax.random.key(9), 5_000)).mean()
 
 
+@pytest.mark.slow
 def test_bandit_is_pulled_up_by_its_learned_critic(flowq):
     assert abs(bandit_mean(flowq, 0.0)) < 0.1
     assert bandit_mean(flowq, 1.0) > 0.35
@@ -406,27 +420,28 @@ def learner(flowq, critic):
     args = resolved(
         flowq, env_id="pointmaze-medium", critic=critic, hidden_dims=(32, 32), learning_rate=2e-3,
         tau=0.05, gamma=GAMMA, guidance_lambda=5.0, flow_steps=5, num_seeds=2, n_step=1,
-        expectile=0.5, ema_decay=0.99, normalize_obs=False,
+        ema_decay=0.99, normalize_obs=False, **(dict(expectile=0.5) if critic == "iql" else {}),
     )  # fmt: skip
-    nets = flowq.make_networks(args, 1)
-    learn = lambda c, data, s: flowq.sample_and_update(c, data, s, nets, args)[0]
+    nets = make_networks(flowq, args, 1)
+    learn = flowq.make_learn(nets, args)
     return args, nets, flowq.Program(learn, None, flowq.Settings(jnp.float32(5.0)))
 
 
 def learn_probe(flowq, critic, raw, steps, n_step=1):
     """Q (seeds, members, 6) and 64 actions of N = 1 for each of both observations."""
     args, nets, dispatch = learner(flowq, critic)
-    dispatch.inputs = (flowq.device_data(raw, n_step, GAMMA), dispatch.inputs[1])
-    start = flowq.start_states(args, 1, 1, jnp.zeros(1), jnp.ones(1))
-    before = jax.tree.map(jnp.copy, start)
-    after = dispatch({"state": start}, steps)["state"]
+    data, settings = flowq.device_data(raw, n_step, GAMMA), dispatch.inputs[1]
+    dispatch.inputs = (data, settings)
+    start = make_carry(flowq, args, data, nets, settings)
+    before = jax.tree.map(jnp.copy, start["state"])
+    after = dispatch(start, steps)["state"]
 
     def look(state):
         q = nets.critic(
             state.params["critic"], jnp.float32(OBS[:, None]), jnp.float32(ACTIONS[:, None])
         )
         keys = jax.random.split(jax.random.key(0), 64)
-        act = lambda obs, key: flowq.policy(state, obs, key, 1, nets, args, 1)
+        act = lambda obs, key: flowq.make_policy(nets, args)(state, obs, key, 1)
         return q, jax.vmap(jax.vmap(act, (None, 0)), (0, None))(jnp.asarray([[-1.0], [1.0]]), keys)
 
     return [jax.device_get(jax.jit(jax.vmap(look))(s)) for s in (before, after)]

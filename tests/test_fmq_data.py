@@ -1,6 +1,7 @@
 """fmq.py: windows, replay and rewards; chunks in the online phase, on both kinds of environment."""
 
 import functools
+import types
 
 import gymnasium
 import jax
@@ -42,7 +43,7 @@ def zero_critic_loss(fmq, batch):
     """L_Q of critics that answer 0 everywhere."""
     zero = lambda params, obs, chunk: jnp.zeros((2, *chunk.shape[:-1]))
     target = batch["returns"] + batch["discounts"] * 0
-    return fmq.critic_loss({"critic": None}, fmq.Networks(None, zero), batch, target)[0]
+    return fmq.critic_loss({"critic": None}, fmq.Networks(1, None, zero), batch, target)[0]
 
 
 def test_window_over_an_episode_end(fmq):  # D1
@@ -97,16 +98,35 @@ def test_starts_are_those_of_a_first_in_first_out_ring(fmq, pool):  # D3
 
 
 def test_sparse_rewards(fmq):  # D4
+    """In the dataset and online; refused where a reward could be positive."""
     rewards = np.float32([-3, -1, 0])
-    np.testing.assert_array_equal(fmq.sparse_rewards(rewards), [-1, -1, 0])
-    resolve = lambda name: fmq.resolve(fmq.Args(env_id=name), fmq.parse_task(name))
-    assert resolve("scene-task4").sparse and not resolve("cube-double-task4").sparse
-    carry = dict(replay=fmq.make_replay(3, 1, 1), sums=fmq.zero_sums(()))
-    rows = dict(obs=rewards[:, None], next_obs=rewards[:, None], actions=rewards[:, None])
-    rows |= dict(rewards=rewards, masks=rewards, terminals=np.zeros(3, bool))
+    resolve = lambda name, **flags: fmq.resolve(
+        fmq.Args(env_id=name, horizon=1, **flags), fmq.parse_task(name)
+    )
     for task, expected in (("scene-task4", [-1, -1, 0]), ("cube-double-task4", [-3, -1, 0])):
-        stored = fmq.store(carry, rows, np.zeros(3), np.zeros(3), resolve(task))
-        np.testing.assert_array_equal(stored["replay"]["rows"]["rewards"], expected)
+        args, raw = resolve(task), make_raw([0, 0, 1], rewards)
+        np.testing.assert_array_equal(fmq.prepare(raw, args)["rewards"], expected)
+        np.testing.assert_array_equal(raw["rewards"], rewards)
+        play = fmq.Play(None, None, sparse=args.sparse, count=False)
+        carry = dict(replay=fmq.make_replay(3, 1, 1), returns=jnp.zeros(1), sums={}, recent=None)
+        for reward in rewards:
+            ended = jnp.zeros(1, bool)
+            out = dict(reward=reward[None], terminated=ended, truncated=ended, success=ended)
+            step = dict(obs=jnp.zeros((1, 1)), actions=jnp.zeros((1, 1)))
+            carry = fmq.remember(carry, **step, out=out | dict(next_obs=step["obs"]), play=play)
+        np.testing.assert_array_equal(carry["replay"]["rows"]["rewards"], expected)
+    with pytest.raises(fmq.UserError, match="rewards of at most 0; use --sparse False"):
+        fmq.prepare(make_raw([0, 0, 1], [0, 1, 0]), resolve("scene-task4"))
+    with pytest.raises(fmq.UserError, match="not for Pendulum-v1; use --sparse False"):
+        resolve("Pendulum-v1", sparse=True)
+    assert not resolve("Pendulum-v1").sparse
+
+
+def test_dataset_shorter_than_a_chunk(fmq):
+    args = fmq.resolve(fmq.Args(horizon=5), fmq.parse_task("pointmaze-medium"))
+    with pytest.raises(fmq.UserError, match="shorter than one chunk of --horizon 5"):
+        fmq.prepare(make_raw([0, 0, 0, 1], [0] * 4), args)
+    assert len(fmq.prepare(make_raw([0] * 5, [0] * 5), args)["rewards"]) == 5
 
 
 TABLE = {  # task: observation, action, time limit
@@ -120,7 +140,7 @@ TABLE = {  # task: observation, action, time limit
 
 @pytest.mark.parametrize("task", TABLE)
 def test_sizes_and_limits_of_the_papers_tasks(fmq, task):
-    env = fmq.make_host_env(fmq.parse_task(task).gym_id, "post")
+    env = fmq.make_host_env(fmq.parse_task(task), "post")
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
     assert (*sizes, env.spec.max_episode_steps) == TABLE[task]
     env.close()
@@ -168,54 +188,81 @@ class HostCounter(gymnasium.Env):
         return obs, -float(self.t), False, self.t >= LIMIT, {"success": 0.0}
 
 
+class HostCounters(gymnasium.vector.SyncVectorEnv):
+    """Several of them in this process, stepped in two calls as those in processes of their own."""
+
+    def step_async(self, actions):
+        self.actions_under_way = actions
+
+    def step_wait(self):
+        return self.step(self.actions_under_way)
+
+
 def telling_actor(params, obs, x, r, t):
     """Jumps to a chunk that tells the observation it was drawn at and each action's position."""
     return obs / 10 + jnp.arange(H) / 1000 - x
 
 
-def expected_rows():
-    """What must lie in the replay: chunks of 5 steps, cut when an episode of 7 ends."""
+def expected_rows(cut):
+    """What must lie in the replay: chunks of 5 steps, cut when an episode of 7 ends, or (official
+    environments) at row `cut`, where learning starts: a checkpoint, which ends all episodes."""
     rows, t, position, start = [], 0, 0, 0
-    for _ in range(STEPS):
+    for i in range(STEPS):
         start = t if position == 0 else start
-        rows.append((t, start / 10 + position / 1000, -1.0 - t, t + 1, t + 1 == LIMIT))
-        position = 0 if t + 1 == LIMIT else (position + 1) % H
-        t = 0 if t + 1 == LIMIT else t + 1
+        ends = t + 1 == LIMIT or i + 1 == cut
+        rows.append((t, start / 10 + position / 1000, -1.0 - t, t + 1, ends))
+        position = 0 if ends else (position + 1) % H
+        t = 0 if ends else t + 1
     return [np.array(column, np.float32) for column in zip(*rows, strict=True)]
 
 
+class Stop(Exception):
+    """Raised in place of the training loop."""
+
+
 def run_online(fmq, monkeypatch, host):
-    """40 online steps with 2 seeds; learning begins at step 10."""
+    """What `train` sets up, then 40 online steps with 2 seeds; learning begins at step 10, the
+    first start of a chunk from step 8 on -> (carry at the start, at the end, updates by block)."""
     args = fmq.Args(
-        offline_steps=0, online_steps=STEPS, learning_starts=10, num_seeds=2, hidden_dims=(4,),
+        offline_steps=0, online_steps=STEPS, learning_starts=8, num_seeds=2, hidden_dims=(4,),
         num_samples=2, batch_size=4, normalize_obs=False,
     )  # fmt: skip
     task = fmq.parse_task("pointmaze-medium")
-    args = fmq.resolve(args, task)
-    monkeypatch.setattr(Counter, "max_episode_steps", LIMIT)
-
-    def envs(gym_id, timing, num_envs, autoreset):
-        return gymnasium.vector.SyncVectorEnv([HostCounter] * num_envs, autoreset_mode=autoreset)
-
-    monkeypatch.setattr(fmq, "make_host_envs", envs)
-    data = fmq.chunk_data(make_raw([0] * 20, [0.0] * 20))
+    args, found = fmq.resolve(args, task), []
     nets = fmq.make_networks(args, 1)._replace(actor=telling_actor)
-    phases = fmq.make_phases(task, None if host else Counter(), data, nets, args)
-    state = fmq.start_states(args, 1, 1, jnp.zeros(1), jnp.ones(1))
-    sums = jax.vmap(lambda seed: fmq.zero_sums(fmq.METRICS))(state.seed)
-    carry = phases[1].enter(dict(state=state, sums=sums))
-    history = []
-    for _ in range(STEPS // H):
-        carry = phases[1].advance(carry, 1)
-        history.append(int(carry["state"].step[0]))
-    return jax.device_get(carry), history
+    raw = make_raw([0] * 20, [0.0] * 20)
+
+    def train_loop(run, carry, phases, evaluate, nets):
+        found.extend([carry, phases])
+        raise Stop
+
+    def envs(task, args, num_envs, autoreset):
+        return HostCounters([HostCounter] * num_envs, autoreset_mode=autoreset)
+
+    monkeypatch.setattr(Counter, "max_episode_steps", LIMIT)
+    monkeypatch.setattr(fmq, "make_jax_env", lambda task, args: None if host else Counter())
+    monkeypatch.setattr(fmq, "load_dataset", lambda task, args: (raw, "generated"))
+    monkeypatch.setattr(fmq, "make_networks", lambda args, act_dim: nets)
+    monkeypatch.setattr(fmq, "make_host_envs", envs)
+    monkeypatch.setattr(fmq, "Run", lambda *_: types.SimpleNamespace(finish=None))
+    monkeypatch.setattr(fmq, "train_loop", train_loop)
+    with pytest.raises(Stop):
+        fmq.train(args, task)
+    carry, phases = found
+    first, history = jax.device_get(carry), []
+    for phase in phases[1:]:
+        carry = phase.enter(carry)
+        for _ in range(phase.start, phase.end, phase.stride):
+            carry = phase.advance(carry, 1)
+            history.append(int(carry["state"].step[0]))
+    return first, jax.device_get(carry), history
 
 
 @pytest.mark.parametrize("host", [False, True], ids=["jax", "host"])
 def test_chunks_run_open_loop_and_end_with_the_episode(fmq, monkeypatch, host):
-    carry, history = run_online(fmq, monkeypatch, host)
+    before, carry, history = run_online(fmq, monkeypatch, host)
     rows = carry["replay"]["rows"]
-    obs, actions, rewards, next_obs, ends = expected_rows()
+    obs, actions, rewards, next_obs, ends = expected_rows(cut=10 if host else None)
     for seed in range(2):
         np.testing.assert_array_equal(rows["obs"][seed, :, 0], obs)
         np.testing.assert_allclose(rows["actions"][seed, :, 0], actions, atol=1e-6)
@@ -226,6 +273,14 @@ def test_chunks_run_open_loop_and_end_with_the_episode(fmq, monkeypatch, host):
     np.testing.assert_array_equal(carry["sums"]["episodes"], [STEPS // LIMIT] * 2)
     np.testing.assert_array_equal(carry["sums"]["return"], [-28 * (STEPS // LIMIT)] * 2)
     assert history == [0, 0, 5, 10, 15, 20, 25, 30]  # none before step 10, then one per step
+    np.testing.assert_array_equal(carry["sums"]["count"], [30, 30])
+    # the frozen actor is the one that the phase began with; the one in training has moved on
+    same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
+    assert same(carry["state"].offline_actor, before["state"].params["actor"])
+    assert not same(carry["state"].params["critic"], before["state"].params["critic"])
+    assert carry["state"].pessimistic.all() and not before["state"].pessimistic.any()
+    names = "critic_loss q td_target diagonal_loss consistency_loss fmq_loss radius disagreement"
+    assert set(before["sums"]["train"]) == {*names.split(), "drift", "grad_norm"}
 
 
 def test_a_flag_decides_how_critics_are_joined_online(fmq):

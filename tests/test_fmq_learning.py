@@ -28,6 +28,7 @@ def make_args(fmq, **flags):
 # ---- the flow map of a Gaussian ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eulerian", "semigroup", "lagrangian"])
 def test_one_jump_draws_from_the_data(fmq, kind):  # L1
     """a_1 ~ N(0.5, 0.3): X_{0,1}(a_0) = 0.5 + 0.3 a_0. Three seeds."""
@@ -123,20 +124,23 @@ def learner(fmq, objective):
     )  # fmt: skip
     nets = fmq.make_networks(args, 1)
 
-    def learn(carry, data):
-        return fmq.gradient_step(carry, data, objective, nets, args)
-
-    return args, nets, fmq.Program(learn, None)
+    return args, nets, fmq.Program(fmq.make_learn(nets, args, objective), None)
 
 
 def learn_probe(fmq, raw, steps, objective="offline"):
     """Train two seeds on the rows -> (state before, state after)."""
-    args, _, program = learner(fmq, objective)
-    program.inputs = (fmq.chunk_data(raw),)
+    args = learner(fmq, objective)[0]
     state = fmq.start_states(args, 1, 1, jnp.zeros(1), jnp.ones(1))
     before = jax.tree.map(jnp.copy, state)
-    sums = jax.vmap(lambda seed: fmq.zero_sums(fmq.METRICS))(state.seed)
-    return before, program(dict(state=state, sums=sums), steps)["state"]
+    return before, go_on(fmq, state, raw, steps, objective)
+
+
+def go_on(fmq, state, raw, steps, objective):
+    """The state of two seeds after so many updates on the rows."""
+    program = learner(fmq, objective)[2]
+    program.inputs = (fmq.chunk_data(raw),)
+    sums = fmq.zero_sums(program.step, {"state": state}, *program.inputs)
+    return program(dict(state=state, sums=sums), steps)["state"]
 
 
 OBS, CHUNKS = np.float32([[-1], [-1], [1], [1]]), np.float32([[0.3, -0.8], [0, 0.8]] * 2)
@@ -167,21 +171,21 @@ def test_time_limits_bootstrap(fmq):
     check_values(fmq, states, GAMMA / (1 - GAMMA**2), tolerance=0.25)
 
 
+@pytest.mark.slow
 def test_reward_of_the_action(fmq):
     """The best second action is 0.5. The critic learns it; the behaviour clone stays spread out;
     best-of-n and beam search find it; FMQ moves the one-step policy towards it."""
     raw = probe(lambda s, a: 1 - (a - 0.5) ** 2, 0, 1)
     before, offline = learn_probe(fmq, raw, 1_500)
     check_values(fmq, (before, offline), GAMMA * (1 - (CHUNKS[:, 1] - 0.5) ** 2), 0.15)
-    args, nets, program = learner(fmq, "fmq")
-    program.inputs = (fmq.chunk_data(raw),)
+    args, nets, _ = learner(fmq, "fmq")
     online = jax.tree.map(jnp.copy, offline)
     online = online.replace(offline_actor=jax.tree.map(jnp.copy, offline.params["actor"]))
-    sums = jax.vmap(lambda seed: fmq.zero_sums(fmq.METRICS))(online.seed)
-    online = program(dict(state=online, sums=sums), 1_000)["state"]
+    online = go_on(fmq, online, raw, 1_000, "fmq")
+    policy = fmq.make_policy(nets, args)
 
     def second_actions(state, mode):
-        act = lambda s, key: fmq.policy(s, jnp.ones(1), key, mode, nets, args, 1)
+        act = lambda s, key: policy(s, jnp.ones(1), key, mode)
         many = jax.vmap(act, (None, 0))
         chunks = jax.jit(jax.vmap(many, (0, None)))(state, jax.random.split(jax.random.key(0), 300))
         return np.asarray(chunks[..., 1])
@@ -200,6 +204,7 @@ def test_reward_of_the_action(fmq):
 # ---- the point maze ----
 
 
+@pytest.mark.slow
 def test_point_maze_is_solved(tmp_path):
     flags = "--offline-steps 5000 --online-steps 1000 --learning-starts 200 --eval-episodes 20"
     command = [sys.executable, str(ROOT / "algos" / "fmq.py"), *flags.split()]
@@ -211,10 +216,11 @@ def test_point_maze_is_solved(tmp_path):
     assert result["eval/success_best_of_n"] >= 0.7
 
 
+@pytest.mark.slow
 def test_untrained_policy_fails(fmq):
     args, task = make_args(fmq, eval_episodes=10), fmq.parse_task("pointmaze-medium")
     state = fmq.start_states(args, 2, 2, jnp.zeros(2), jnp.ones(2))
-    policies = fmq.evaluation_policies(fmq.make_networks(args, 2), args, 2)
+    policies = fmq.evaluation_policies(fmq.make_networks(args, 2), args)
     results = fmq.make_evaluate(task, fmq.make_jax_env(task, args), policies, args)(state, 0)
     for mode in ("one_step", "best_of_n", "qgbs"):
         assert results[f"success_{mode}"].mean() <= 0.02

@@ -38,7 +38,7 @@ def unused(*_):
 
 
 def networks(fmq, actor=unused, critic=unused):
-    return fmq.Networks(actor, critic)
+    return fmq.Networks(2, actor, critic)
 
 
 def random_batch(batch_size, obs_dim, horizon, act_dim, seed=0):
@@ -70,7 +70,7 @@ def make_state(fmq, args, seed=0):
 def jit_networks(fmq, args):
     """The networks with each call compiled as a whole."""
     nets = fmq.make_networks(args, 2)
-    return fmq.Networks(jax.jit(nets.actor), jax.jit(nets.critic))
+    return nets._replace(actor=jax.jit(nets.actor), critic=jax.jit(nets.critic))
 
 
 def count(tree):
@@ -494,7 +494,8 @@ def test_gradient_gates(fmq):  # T11
 
 @pytest.mark.parametrize("grad_at", ["offline", "online"])
 def test_fmq_loss_written_out(fmq, x64, grad_at):
-    """The whole of Eq. 12 in NumPy, with the critic's gradient by finite differences."""
+    """The whole of Eq. 12 in NumPy, with the critic's gradient by finite differences. Wherever that
+    is taken, the critics' disagreement is taken at the frozen actor's endpoint."""
     args = make_args(fmq, grad_at=grad_at, hidden_dims=(16, 16))
     nets = jit_networks(fmq, args)
     double = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree)
@@ -502,16 +503,19 @@ def test_fmq_loss_written_out(fmq, x64, grad_at):
     offline = double(make_state(fmq, args, seed=1).params["actor"])
     batch, rng = random_batch(6, 3, 2, 2), np.random.default_rng(0)
     obs, noise, r = batch["obs"], rng.normal(size=(6, 4)), rng.random((6, 1))
-    loss, _ = fmq.fmq_loss(params, offline, nets, args, batch, noise, r)
+    loss, info = fmq.fmq_loss(params, offline, nets, args, batch, noise, r)
 
     x = (1 - r) * noise + r * batch["actions"]
     u, u_off = (np.asarray(nets.actor(p, obs, x, r, 1.0)) for p in (params["actor"], offline))
-    end = np.clip(x + (1 - r) * (u_off if grad_at == "offline" else u), -1, 1)
+    off_end, on_end = (np.clip(x + (1 - r) * v, -1, 1) for v in (u_off, u))
+    end = off_end if grad_at == "offline" else on_end
     q = lambda a: np.asarray(nets.critic(params["critic"], obs, a))
     h = 1e-6 * np.eye(4)
     grad = np.stack([(q(end + e)[0] - q(end - e)[0]) / 2e-6 for e in h], axis=-1)
     grad /= np.linalg.norm(grad, axis=-1, keepdims=True)
-    delta = np.abs(q(end)[0] - q(end)[1]) / np.sqrt(2)
+    delta = np.abs(q(off_end)[0] - q(off_end)[1]) / np.sqrt(2)
+    np.testing.assert_allclose(info["disagreement"], delta.mean() / np.sqrt(2), rtol=1e-6)
+    assert np.abs(np.diff(q(off_end) - q(on_end), axis=0)).mean() > 0.01  # elsewhere it is another
     eta = 1 / (1 + 0.3 * delta / delta.mean())
     error = np.repeat(batch["valid"], 2, axis=1) * (u - u_off - eta[:, None] * grad) ** 2
     np.testing.assert_allclose(loss, error.sum() / 24, rtol=1e-6)
@@ -638,9 +642,8 @@ def test_actor_evaluations_of_beam_search(fmq, setting, jumps):
 
 
 def update_once(fmq, args, state, batch, objective, key=0):
-    nets = fmq.make_networks(args, 2)
-    step = jax.jit(lambda state, batch, key: fmq.update(state, batch, key, objective, nets, args))
-    return step(state, batch, jax.random.key(key))
+    update = fmq.make_update(fmq.make_networks(args, 2), args, objective)
+    return jax.jit(update)(state, batch, jax.random.key(key))
 
 
 def test_target_of_the_critic(fmq):
@@ -659,6 +662,9 @@ def test_target_of_the_critic(fmq):
         q = np.asarray(nets.critic(state.target_critic, batch["next_obs"], best))
         q = q.min(axis=0) if pessimistic else q.mean(axis=0)
         target = batch["returns"] + batch["discounts"] * q
+        ours = fmq.td_target(state, nets, args, batch, noise)
+        assert ours.shape == (8,)
+        np.testing.assert_allclose(ours, target, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(info["td_target"], target.mean(), rtol=1e-5)
         error = nets.critic(state.params["critic"], batch["obs"], batch["actions"]) - target
         loss = (np.asarray(error)[:, 1::2] ** 2).sum() / 16
@@ -701,8 +707,8 @@ def test_losses_of_each_objective(fmq):
         args = make_args(fmq, **flags)
         state = make_state(fmq, args)
         _, info = update_once(fmq, args, state, batch, objective)
-        assert set(info) == set(fmq.METRICS)
-        return [bool(info[name] != 0) for name in names]
+        assert {"critic_loss", "q", "td_target"} <= set(info)
+        return [bool(info.get(name, 0) != 0) for name in names]
 
     assert computed("offline") == [True, True, False]
     assert computed("mvp") == [True, True, False]

@@ -36,12 +36,13 @@ def unused(*_):
 
 def networks(gsflow, **functions):
     """Networks made of the given functions of (params, ...); the others must not be called."""
-    return gsflow.Networks(**(dict(critic=unused, velocity=unused, student=unused) | functions))
+    own = dict(critic=unused, velocity=unused, student=unused) | functions
+    return gsflow.Networks(**(dict(act_dim=2, latent_dim=3) | own))
 
 
 def jit_update(gsflow, nets, args):
     """(state, batch, key, settings) -> (state, metrics), compiled."""
-    return jax.jit(functools.partial(gsflow.update, nets=nets, args=args))
+    return jax.jit(gsflow.make_update(nets, args))
 
 
 def both(q):
@@ -173,7 +174,7 @@ def test_mode_is_a_function_of_the_noise_alone(gsflow):
     obs, keys = jnp.asarray([0.4, -0.7]), jax.random.split(jax.random.key(5), 8)
 
     def act(state, temperature):
-        one = lambda key: gsflow.policy(state, obs, key, temperature, nets, args, 2)
+        one = lambda key: gsflow.make_policy(nets)(state, obs, key, temperature)
         return np.asarray(jax.jit(jax.vmap(one))(keys))
 
     zeroed = state.params | {"decoder": jax.tree.map(jnp.zeros_like, state.params["decoder"])}
@@ -186,22 +187,20 @@ def test_mode_is_a_function_of_the_noise_alone(gsflow):
 
 def test_action_of_a_known_draw(gsflow, monkeypatch):
     """a = tanh(mu + T sigma eps), and the density of T sigma for the soft backup."""
-    args = small_args(gsflow, act_dim=1)
     monkeypatch.setattr(jax.random, "normal", lambda key, shape: jnp.full(shape, 0.8))
     student = lambda p, obs, x: (x, jnp.full_like(x, -0.5))
     nets, x = networks(gsflow, student=student), jnp.asarray([[0.2]])
     params, key = {"student": None}, jax.random.key(0)
     for temperature in (0.0, 0.5, 1.0):
-        action, log_prob = gsflow.sample_action(params, nets, args, x, x, temperature, key)
+        action, log_prob = gsflow.sample_action(params, nets, x, x, temperature, key)
         sigma = temperature * math.exp(-0.5)
         a = math.tanh(0.2 + 0.8 * sigma)
         close(action, [[a]])
         if temperature:
             density = math.exp(-0.32) / (sigma * math.sqrt(2 * math.pi)) / (1 - a * a)
             close(log_prob, [math.log(density)])
-    clipped = networks(gsflow, student=lambda p, obs, x: 10 * x)
-    fql = small_args(gsflow, act_dim=1, **FQL)
-    close(gsflow.sample_action(params, clipped, fql, x, x, 1.0, key)[0], [[1.0]])
+    clipped = networks(gsflow, student=lambda p, obs, x: (10 * x, None))
+    close(gsflow.sample_action(params, clipped, x, x, 1.0, key)[0], [[1.0]])
 
 
 # ---- the teacher and the choice of noise ----
@@ -366,7 +365,7 @@ def test_temperature_loss_and_its_first_step(gsflow):
 def test_fql_student_loss_values(gsflow):
     args = small_args(gsflow, **FQL)
     nets = networks(
-        gsflow, student=lambda p, obs, x: p, critic=lambda p, obs, a: both(a.sum(axis=-1))
+        gsflow, student=lambda p, obs, x: (p, None), critic=lambda p, obs, a: both(a.sum(-1))
     )
     obs, teacher_action = jnp.zeros((1, 1)), jnp.asarray([[0.25, 1.0]])
 
@@ -465,7 +464,7 @@ def test_losses_reach_their_own_group_alone(gsflow):
     noise = jax.random.normal(key, (5, 16, 2))
 
     def student(params):
-        x = gsflow.sample_prior(jax.lax.stop_gradient(params), nets, batch["obs"], 2, 3, key)
+        x = gsflow.sample_prior(jax.lax.stop_gradient(params), nets, batch["obs"], key)
         return gsflow.student_loss(params, nets, args, batch, x, noise[0].clip(-1, 1), 10.0, key)
 
     losses = dict(
@@ -502,11 +501,11 @@ def separate_losses(gsflow, args, nets, state, batch, key, settings):
     """The losses as functions of their own group alone; everything else is fixed beforehand."""
     draw = dict(zip(gsflow.DRAWS, jax.random.split(key, len(gsflow.DRAWS)), strict=True))
     fixed, shape = state.params, batch["actions"].shape
-    prior = lambda obs, k: gsflow.sample_prior(fixed, nets, obs, shape[1], args.latent_dim, k)
+    prior = lambda obs, k: gsflow.sample_prior(fixed, nets, obs, k)
     endpoint = lambda x: gsflow.flow_endpoint(fixed, nets, batch["obs"], x, args.flow_steps)
 
     next_action, log_prob = gsflow.sample_action(
-        fixed, nets, args, batch["next_obs"], prior(batch["next_obs"], draw["td_prior"]),
+        fixed, nets, batch["next_obs"], prior(batch["next_obs"], draw["td_prior"]),
         settings.td_temperature, draw["td_action"],
     )  # fmt: skip
     next_q = nets.critic(state.target_critic, batch["next_obs"], next_action)
@@ -649,10 +648,7 @@ def test_one_dispatch_of_many_updates_equals_single_updates(gsflow, flags):
         args = small_args(gsflow, num_seeds=3, seed=5, **flags)
         data, carry, settings, nets = float64_run(gsflow, args)
         first = jax.tree.map(jnp.copy, carry)
-
-        def learn(carry, data, settings):
-            return gsflow.gradient_step(carry, data, settings, nets, args)
-
+        learn = gsflow.make_learn(nets, args)
         together = gsflow.Program(learn, data, settings)(carry, 20)
         assert (np.asarray(together["state"].step) == 20).all()
         step = jax.jit(learn)
@@ -678,7 +674,7 @@ def test_phase_switch_does_not_recompile(gsflow):
     @jax.jit
     def step(state, settings):
         traces.append(settings)
-        return gsflow.update(state, batch, key, settings, nets, args)
+        return gsflow.make_update(nets, args)(state, batch, key, settings)
 
     _, offline = step(state, make_settings(gsflow, args))
     _, online = step(state, make_settings(gsflow, args, online=True))

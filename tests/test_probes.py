@@ -1,4 +1,4 @@
-"""Learning: probe problems whose values are known in closed form, and the paper's toy task."""
+"""Learning: probe problems whose values are known in closed form."""
 
 import functools
 
@@ -51,21 +51,18 @@ def program(gsflow, method):
     """(args, networks, dispatch): one compiled program for all probes of a method."""
     _, args = resolved(gsflow, 1, **LEARNER, **METHODS[method])
     nets = gsflow.make_networks(args, 1)
-
-    def learn(carry, data, settings):
-        return gsflow.gradient_step(carry, data, settings, nets, args)
-
+    learn = gsflow.make_learn(nets, args)
     return args, nets, gsflow.Program(learn, None, make_settings(gsflow, args))
 
 
 def values_and_modes(gsflow, method, state, obs, actions):
     """Q (seeds, members, M) at M pairs, and 64 student actions (seeds, M, 64) at T = 0."""
-    args, nets, _ = program(gsflow, method)
+    _, nets, _ = program(gsflow, method)
     obs, actions = np.float32(obs)[:, None], np.float32(actions)[:, None]
     keys = jax.random.split(jax.random.key(0), 64)
 
     def one_seed(state):
-        act = lambda obs, key: gsflow.policy(state, obs, key, 0.0, nets, args, 1)
+        act = lambda obs, key: gsflow.make_policy(nets)(state, obs, key, 0.0)
         modes = jax.vmap(jax.vmap(act, (None, 0)), (0, None))(obs, keys)
         return nets.critic(state.params["critic"], obs, actions), modes[..., 0]
 
@@ -185,74 +182,10 @@ def test_prior_alone(gsflow):
     many = jnp.zeros((20_000, 2))
 
     def decoded(params):
-        return distance(gsflow.sample_prior(params, nets, many, 2, 3, jax.random.key(2)))
+        return distance(gsflow.sample_prior(params, nets, many, jax.random.key(2)))
 
     chosen = np.mean([distance(choose(jax.random.key(i))) for i in range(40)])
     assert abs(chosen - 0.227) < 0.01  # best of ten
     assert abs(distance(jax.random.normal(jax.random.key(4), many.shape)) - 2.25) < 0.06
     trained = train(params)
     assert decoded(trained) < 0.5, decoded(trained)
-
-
-# ---- the paper's toy ----
-
-
-class Toy:
-    """Seeds of multi-crescent through the script's own phases."""
-
-    def __init__(self, gsflow, **flags):
-        flags = dict(n_step=1, hidden_dims=(64, 64), eval_episodes=1_000) | flags
-        self.task, self.args = resolved(gsflow, 2, **flags)
-        self.gsflow, self.nets = gsflow, gsflow.make_networks(self.args, 2)
-        self.env = gsflow.make_jax_env(self.task, self.args)
-        raw = gsflow.crescent_dataset(seed=0)
-        self.data = gsflow.device_data(raw, self.args.n_step, self.args.gamma)
-        self.phases = gsflow.make_phases(self.task, self.env, self.data, self.nets, self.args)
-        settings = self.phases[0].advance.inputs[1]
-        self.carry = make_carry(gsflow, self.args, self.data, self.nets, settings)
-
-    def run(self, index):
-        phase = self.phases[index]
-        self.carry = phase.advance(phase.enter(self.carry), phase.end - phase.start)
-        return self.carry["state"]
-
-    def rewards(self):
-        """Mean reward of each seed over 1,000 actions at T = 0."""
-        policies = self.gsflow.evaluation_policies(self.nets, self.args, 2)
-        evaluate = self.gsflow.make_evaluate(self.task, self.env, policies, self.args)
-        return evaluate(self.carry["state"], 0)["return"].mean(axis=1)
-
-
-def test_fql_on_the_toy(gsflow):
-    flags = dict(num_seeds=4, alpha=10.0, online_alpha=1.0, **FQL)
-    toy = Toy(gsflow, offline_steps=2_000, online_steps=2_000, **flags)
-    assert toy.rewards().max() < 5  # untrained; uniform actions earn 2.99
-    toy.run(0)
-    state = toy.run(1)
-    assert (np.asarray(state.step) == 4_000).all()
-    assert (np.asarray(toy.carry["replay"]["added"]) == 2_000).all()
-    assert (np.asarray(toy.carry["sums"]["episodes"]) == 2_000).all()
-    assert toy.rewards().min() >= 7, toy.rewards()
-
-
-def test_gsflow_on_the_toy(gsflow):
-    """Two seeds, because four take minutes more; the averages over four pass as well."""
-    flags = dict(num_seeds=2, alpha=10.0, online_alpha=10.0)
-    toy = Toy(gsflow, offline_steps=2_000, online_steps=6_000, **flags)
-    nets, flow_steps, obs = toy.nets, toy.args.flow_steps, jnp.zeros((2_000, 2))
-
-    def gap(state):
-        """Mean Q of the teacher's actions for decoded noise, minus that for N(0, I)."""
-        keys, params = jax.random.split(jax.random.key(0)), state.params
-        decoded = gsflow.sample_prior(params, nets, obs, 2, 3, keys[0])
-        q = []
-        for x in (decoded, jax.random.normal(keys[1], (2_000, 2))):
-            action = gsflow.flow_endpoint(params, nets, obs, x, flow_steps)
-            q.append(nets.critic(params["critic"], obs, action).mean())
-        return q[0] - q[1]
-
-    gaps = np.asarray(jax.jit(jax.vmap(gap))(toy.run(0)))
-    assert gaps.mean() > 0.2, gaps
-    state = toy.run(1)
-    assert (np.asarray(state.step) == 8_000).all()
-    assert toy.rewards().mean() >= 5.5, toy.rewards()

@@ -294,7 +294,7 @@ BAD_FLAGS = {
     "zero interval": ("--eval-interval 0", "--eval-interval is 0"),
     "zero episodes": ("--eval-episodes 0", "--eval-episodes is 0"),
     "zero checkpoints": ("--checkpoint-interval 0", "--checkpoint-interval is 0"),
-    "zero dispatch": ("--updates-per-dispatch 0", "--updates-per-dispatch is 0"),
+    "zero dispatch": ("--updates-per-dispatch 0", "--log-interval is 0"),
     "zero n-step": ("--n-step 0", "--n-step is 0"),
     "gamma": ("--gamma 1.5", "--gamma is 1.5, but must be between 0 and 1"),
     "tau": ("--tau -0.1", "--tau is -0.1"),
@@ -322,7 +322,7 @@ def test_bad_flags(gsflow, tmp_path, capsys, monkeypatch, name):
     """One sentence with the remedy on stderr, exit code 2, nothing written."""
     flags, message = BAD_FLAGS[name]
     monkeypatch.chdir(tmp_path)
-    assert gsflow.command_line(gsflow.run, gsflow.Args, flags.split()) == 2
+    assert gsflow.command_line(gsflow.main, gsflow.Args, flags.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert list(tmp_path.iterdir()) == []
@@ -332,7 +332,7 @@ def test_bad_flags(gsflow, tmp_path, capsys, monkeypatch, name):
 def test_flags_that_do_not_parse(gsflow, tmp_path, capsys, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
-        gsflow.command_line(gsflow.run, gsflow.Args, flags.split())
+        gsflow.command_line(gsflow.main, gsflow.Args, flags.split())
     assert exit.value.code == 2 and "Traceback" not in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -382,7 +382,7 @@ def test_bad_datasets(gsflow, tmp_path, capsys, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "pointmaze-medium-navigate-v0.npz", **damage(good_file()))
     flags = ["--dataset-dir", str(tmp_path), "--offline-steps", "10"]
-    assert gsflow.command_line(gsflow.run, gsflow.Args, flags) == 2
+    assert gsflow.command_line(gsflow.main, gsflow.Args, flags) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
@@ -396,7 +396,7 @@ def test_unreadable_datasets(gsflow, tmp_path, capsys, content):
         content = path.read_bytes()[:-100]
     path.write_bytes(content)
     flags = ["--dataset-dir", str(tmp_path), "--out-dir", str(tmp_path / "runs")]
-    assert gsflow.command_line(gsflow.run, gsflow.Args, flags) == 2
+    assert gsflow.command_line(gsflow.main, gsflow.Args, flags) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: cannot read {path}") and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
@@ -405,7 +405,7 @@ def test_unreadable_datasets(gsflow, tmp_path, capsys, content):
 def test_out_dir_that_is_a_file(gsflow, tmp_path, capsys):
     (tmp_path / "runs").write_text("")
     flags = [*BANDIT, "--offline-steps", "10", "--out-dir", str(tmp_path / "runs")]
-    assert gsflow.command_line(gsflow.run, gsflow.Args, flags) == 2
+    assert gsflow.command_line(gsflow.main, gsflow.Args, flags) == 2
     assert "choose --out-dir" in capsys.readouterr().err
 
 
@@ -422,7 +422,7 @@ def test_out_dir_that_is_a_file(gsflow, tmp_path, capsys):
 def test_flags_that_do_not_fit_a_run(gsflow, reference, capsys, flags, message):
     before = sorted(path.name for path in reference.iterdir())
     flags = flags.format(run=reference).split()
-    assert gsflow.command_line(gsflow.run, gsflow.Args, flags) == 2
+    assert gsflow.command_line(gsflow.main, gsflow.Args, flags) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert sorted(path.name for path in reference.iterdir()) == before
@@ -453,5 +453,5 @@ def test_checkpoint_of_another_method_or_network(gsflow, reference, tmp_path, ca
         (tmp_path / "args.json").write_text(json.dumps(facts | changes))
         checkpoint = (reference / "checkpoint.msgpack").read_bytes()
         (tmp_path / "checkpoint.msgpack").write_bytes(checkpoint)
-        assert gsflow.command_line(gsflow.run, gsflow.Args, ["--evaluate", str(tmp_path)]) == 2
+        assert gsflow.command_line(gsflow.main, gsflow.Args, ["--evaluate", str(tmp_path)]) == 2
         assert message in capsys.readouterr().err

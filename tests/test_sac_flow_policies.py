@@ -19,8 +19,9 @@ def sac():
     return load_script(ROOT / "algos" / "sac_flow.py")
 
 
-def make_args(sac, env_id="Hopper-v4", **flags):
-    return sac.resolve(sac.Args(env_id=env_id, **flags), sac.find_task(env_id))
+def make_args(sac, env_id="Hopper-v4", action_scale=1.0, **flags):
+    args = sac.Args(env_id=env_id, action_scale=action_scale, **flags)
+    return sac.resolve(args, sac.parse_task(env_id))
 
 
 def make_actor(sac, args, obs_dim, act_dim, seed=0, moved=True):
@@ -180,9 +181,7 @@ def test_deterministic_action(sac):
     state = jax.jit(lambda: sac.init_state(args, 5, 3, jnp.zeros(5), jnp.ones(5), 0))()
     state = state.replace(params=random_params(state.params))
     nets, obs = sac.make_networks(args, 3), jnp.arange(5.0)
-    act = jax.jit(
-        functools.partial(sac.policy, nets=nets, args=args), static_argnames="deterministic"
-    )
+    act = jax.jit(sac.make_policy(nets, args), static_argnames="deterministic")
     actions = [act(state, obs, jax.random.key(i), deterministic=True) for i in (0, 1)]
     np.testing.assert_array_equal(*actions)
     x = jnp.zeros((1, 3))

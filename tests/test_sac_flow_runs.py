@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import jax
@@ -17,6 +18,7 @@ from gymnasium.experimental.functional import FuncEnv
 from test_sac_flow_policies import step_gradients
 
 SCRIPT = ROOT / "algos" / "sac_flow.py"
+PENDULUM = "phys2d/Pendulum-v0"
 TINY = dict(hidden_dim=8, d_model=8, critic_hidden_dims=(8,), batch_size=8, flow_steps=2)
 FLAGS = "--hidden-dim 8 --d-model 8 --critic-hidden-dims 8 --batch-size 8 --flow-steps 2"
 FLAGS = [*FLAGS.split(), "--updates-per-dispatch", "20", "--eval-episodes", "2"]
@@ -28,34 +30,57 @@ def sac():
 
 
 def make_args(sac, env_id, **flags):
-    args = sac.resolve(sac.Args(env_id=env_id, **(TINY | flags)), sac.find_task(env_id))
-    return sac.fill(args, target_entropy=0.0)
+    args = sac.Args(env_id=env_id, **(TINY | dict(action_scale=1.0) | flags))
+    return sac.fill(sac.resolve(args, sac.parse_task(env_id)), target_entropy=0.0)
 
 
 # ---- tasks ----
 
 
 def test_gymnasium_tasks(sac):
-    for env_id in sac.GYMNASIUM:
-        task = sac.find_task(env_id)
+    """Any Gymnasium id whose observations and actions are vectors; the box says the scale."""
+    boxes = {PENDULUM: 2.0, "Pendulum-v1": 2.0, "HalfCheetah-v4": 1.0, "Humanoid-v5": 0.4}
+    for env_id, scale in boxes.items():
+        task = sac.parse_task(env_id)
         assert task.name == task.base == env_id and not task.success and not task.dataset
-        args = sac.resolve(sac.Args(env_id=env_id), task)
-        assert args.mode == "online"
-        gymnasium.logger.min_level = gymnasium.logger.ERROR  # v4 is deprecated
-        box = gymnasium.make(env_id).action_space
-        assert (box.low == -box.high).all() and np.allclose(box.high, args.action_scale)
+        args = sac.resolve(sac.Args(env_id=env_id, online_steps=60_000), task)
+        assert args.mode == "online" and args.action_scale is None
+        args, sizes = sac.fit_to_env(args, task, sac.make_jax_env(task, args))
+        assert args.action_scale == pytest.approx(scale)
+        assert sizes == ((3, 1) if scale == 2 else (17, 6) if scale == 1 else (348, 17))
     with pytest.raises(sac.UserError, match="close matches: HalfCheetah-v"):
-        sac.find_task("HalfCheeta-v3")
-    task = sac.find_task("cube-double")
+        sac.parse_task("HalfCheeta-v3")
+    skewed = SimpleNamespace(observation_space=Counter.observation_space)
+    skewed.action_space = gymnasium.spaces.Box(-1, 2, (1,), np.float32)
+    with pytest.raises(sac.UserError, match="one and the same scale in each dimension"):
+        sac.fit_to_env(args, task, skewed)
+
+
+def test_environment_that_needs_a_package(sac, monkeypatch):
+    def make(task, timing):
+        raise gymnasium.error.DependencyNotInstalled("Box2D is missing,\n pip install it")
+
+    monkeypatch.setattr(sac, "make_host_env", make)
+    with pytest.raises(sac.UserError, match="Box2D is missing, pip install it"):
+        sac.fit_to_env(make_args(sac, "Hopper-v5"), sac.parse_task("Hopper-v5"), None)
+
+
+def test_tasks_with_data_are_offline_to_online(sac):
+    task = sac.parse_task("cube-double")
     assert sac.resolve(sac.Args(env_id="cube-double"), task).mode == "offline-to-online"
-    assert task.success and sac.find_task("pointmaze-medium").dataset
+    assert task.success and sac.parse_task("pointmaze-medium").dataset
+    toy = sac.parse_task("multi-crescent")  # a task file
+    assert sac.resolve(sac.Args(env_id="multi-crescent"), toy).mode == "offline-to-online"
+    hopper = sac.parse_task("Hopper-v5")
+    own = sac.Args(env_id="Hopper-v5", dataset="own.npz")
+    assert sac.resolve(own, hopper).mode == "offline-to-online"
 
 
 @pytest.mark.parametrize(
     "env_id,beta", [("cube-double", 300), ("cube-triple", 100), ("cube-quadruple", 100)]
 )
 def test_published_settings(sac, env_id, beta, capsys):
-    args = sac.resolve(sac.Args(env_id=env_id), sac.find_task(env_id))
+    args = sac.resolve(sac.Args(env_id=env_id), sac.parse_task(env_id))
     assert (args.beta, args.beta_online, args.policy, args.horizon_length) == (
         beta,
         beta,
@@ -65,13 +90,13 @@ def test_published_settings(sac, env_id, beta, capsys):
     assert (args.noise, args.sigma, args.sigma_inference) == ("fixed", 0.05, 0.02)
     assert (args.autotune, args.ent_coef, args.adam_b1, args.tau) == (False, 0.0, 0.9, 0.005)
     assert capsys.readouterr().out == ""
-    sac.resolve(sac.Args(env_id="scene"), sac.find_task("scene"))
+    sac.resolve(sac.Args(env_id="scene"), sac.parse_task("scene"))
     assert "beta for scene is not published: 100" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("policy", ["flow-g", "gaussian"])
 def test_settings_follow_the_critic(sac, policy):
-    args = sac.resolve(sac.Args(env_id="Ant-v4", policy=policy), sac.find_task("Ant-v4"))
+    args = sac.resolve(sac.Args(env_id="Ant-v4", policy=policy), sac.parse_task("Ant-v4"))
     found = (args.critic, args.adam_b1, args.policy_delay, args.tau, args.critic_hidden_dims)
     crossq = ("brn", 0.5, 3, None, (1024, 1024))
     assert found == (crossq if policy == "flow-g" else ("plain", 0.9, 1, 0.005, (512,) * 4))
@@ -80,7 +105,7 @@ def test_settings_follow_the_critic(sac, policy):
 def test_pendulum_is_gymnasiums(sac):
     """Same states, rewards and observations as the registered version; 200 steps, never over."""
     env = sac.Pendulum()
-    assert gymnasium.spec(sac.PENDULUM).max_episode_steps == env.max_episode_steps == 200
+    assert gymnasium.spec(PENDULUM).max_episode_steps == env.max_episode_steps == 200
     classic = gymnasium.make("Pendulum-v1").unwrapped
     classic.reset(seed=0)
     rng = np.random.default_rng(0)
@@ -173,7 +198,7 @@ def counting_envs(sac, monkeypatch):
         def step_wait(self):
             return self.step(waiting.pop(id(self)))
 
-    def make_async(gym_id, timing, num_envs, autoreset):
+    def make_async(task, args, num_envs, autoreset):
         return Async([Counter] * num_envs, autoreset_mode=autoreset)
 
     monkeypatch.setattr(sac, "make_host_envs", make_async)
@@ -187,8 +212,8 @@ def test_ends_of_episodes(sac, counting_envs, backend, num_envs):
     args = make_args(sac, "Hopper-v4", policy_delay=1, num_seeds=2, **flags)
     env = FunctionalCounter() if backend == "jax" else None
     nets, carry = start(sac, args, env)
-    task = sac.find_task("Hopper-v4")
-    phases = sac.make_phases(task, env, None, nets, args, 1, 1)
+    task = sac.parse_task("Hopper-v4")
+    phases = sac.make_phases(task, env, None, nets, args, (1, 1))
     assert [(p.name, p.start, p.end, p.stride) for p in phases] == [
         ("warm-up", 0, 8, num_envs), ("online", 8, 120, num_envs)
     ]  # fmt: skip
@@ -216,25 +241,72 @@ def test_ends_of_episodes(sac, counting_envs, backend, num_envs):
     assert recent[: first[-1]].sum() == newest[: first[-1]].sum()
 
 
+@pytest.mark.parametrize("num_envs", [256, 1024])
+def test_steps_are_rounded_up(sac, num_envs):
+    """50,000 steps before learning and 1,000,000 in all are no multiples of these."""
+    args = make_args(sac, "HalfCheetah-v5", num_envs=num_envs)
+    first, steps = sac.whole_blocks(args, FunctionalCounter())
+    assert 0 <= first - 50_000 < num_envs and first % num_envs == 0
+    block = 3 * num_envs  # three steps of all: the fewest updates that --policy-delay 3 divides
+    assert 0 <= steps - 1_000_000 < block and (steps - first) % block == 0
+
+
+def test_rounded_phases_are_played(sac):
+    """42 steps without updates instead of 40, then 60 instead of 58; the replay holds them all."""
+    args = make_args(
+        sac, "Hopper-v4", policy_delay=1, num_envs=3, learning_starts=40, online_steps=100
+    )
+    env = FunctionalCounter()
+    nets, carry = start(sac, args, env)
+    phases = sac.make_phases(sac.parse_task("Hopper-v4"), env, None, nets, args, (1, 1))
+    assert [(p.start, p.end, p.stride) for p in phases] == [(0, 42, 3), (42, 102, 3)]
+    for phase in phases:
+        carry = phase.advance(phase.enter(carry), (phase.end - phase.start) // phase.stride)
+    assert carry["replay"]["added"] == 102 and carry["state"].step == 60
+    check_rows(carry["replay"]["rows"], 102, 3)
+
+
+@pytest.mark.parametrize("delay", [1, 3])
+def test_no_update_before_the_first_rows(sac, counting_envs, monkeypatch, delay):
+    """Updates that overlap with the simulators see only rows that exist, also when learning is to
+    start at once: a reward is at least 1, an empty row's is 0."""
+
+    def make_update(nets, args, clone=False):
+        def update(state, batches, key, beta):
+            empty = sum((batch["returns"] == 0).sum() for batch in batches)
+            return state.replace(step=state.step + len(batches)), {"empty": empty.astype(float)}
+
+        return update
+
+    monkeypatch.setattr(sac, "make_update", make_update)
+    flags = dict(num_envs=4, learning_starts=0, online_steps=60)
+    args = make_args(sac, "Hopper-v4", policy_delay=delay, **flags)
+    nets, carry = start(sac, args, None)
+    phases = sac.make_phases(sac.parse_task("Hopper-v4"), None, None, nets, args, (1, 1))
+    block = 4 * delay
+    assert [(p.start, p.end, p.stride) for p in phases] == [(0, block, 4), (block, 60, block)]
+    for phase in phases:
+        carry = phase.advance(phase.enter(carry), (phase.end - phase.start) // phase.stride)
+    assert carry["sums"]["count"] == 60 - block and carry["sums"]["train"]["empty"] == 0
+
+
 def test_a_block_equals_step_after_step(sac):
     """One environment, delay 3: three steps and then a group of updates do the same as 'step,
     update the critic' three times and the actor, written out in Python."""
     flags = dict(num_envs=1, learning_starts=12, online_steps=18, action_scale=1.0)
     args = make_args(sac, "Hopper-v4", policy_delay=3, policy="flow-g", **flags)
-    env, settings = FunctionalCounter(), sac.PhaseSettings(jnp.float32(0))
+    env = FunctionalCounter()
     nets, carry = start(sac, args, env)
-    task = sac.find_task("Hopper-v4")
-    warm_up, online = sac.make_phases(task, env, None, nets, args, 1, 1)
+    task = sac.parse_task("Hopper-v4")
+    warm_up, online = sac.make_phases(task, env, None, nets, args, (1, 1))
     assert online.stride == 3
     carry = online.enter(warm_up.advance(warm_up.enter(carry), 12))
     one = jax.tree.map(lambda x: jnp.copy(x[0]), carry)
     blocks = jax.tree.map(lambda x: x[0], online.advance(carry, 2))
 
-    fixed = dict(env=env, nets=nets, args=args, act_dim=1, warm_up=False)
-    step = jax.jit(functools.partial(sac.environment_step, **fixed))
-    update = jax.jit(functools.partial(sac.update, settings=settings, nets=nets, args=args))
-    plain = functools.partial(sac.sample_chunks, data=None, batch_size=8, horizon=1, gamma=0.99)
-    draw = jax.jit(lambda key, replay: plain(key=key, replay=replay))
+    step = jax.jit(sac.interact(env, sac.Play(sac.make_act(nets, args), None)))
+    update = jax.jit(sac.make_update(nets, args))
+    draw = jax.jit(lambda key, replay: sac.sample(key, replay, 8, 0.99, 1_000))
     for _ in range(2):
         seen, seed, number = [], one["state"].seed, one["state"].step
         for j in range(3):
@@ -242,7 +314,7 @@ def test_a_block_equals_step_after_step(sac):
             key = jax.random.split(sac.purpose_key(seed, "update", number + j))[0]
             seen.append(draw(key, one["replay"]))
         key = jax.random.split(sac.purpose_key(seed, "update", number))[1]
-        one["state"], _ = update(one["state"], seen, key)
+        one["state"], _ = update(one["state"], seen, key, jnp.float32(0))
     close = functools.partial(np.testing.assert_allclose, atol=1e-5)
     jax.tree.map(close, one["state"], blocks["state"])
     jax.tree.map(close, one["replay"], blocks["replay"])
@@ -250,7 +322,9 @@ def test_a_block_equals_step_after_step(sac):
 
 
 @pytest.mark.parametrize("backend", ["jax", "host"])
-def test_chunks_are_played_open_loop_and_end_with_the_episode(sac, counting_envs, backend):
+def test_chunks_are_played_open_loop_and_end_with_the_episode(
+    sac, counting_envs, monkeypatch, backend
+):
     """Actions repeat the chunk that was decided; after an end a new chunk begins."""
     args = make_args(
         sac, "cube-double", horizon_length=3, offline_steps=0, online_steps=60, learning_starts=60
@@ -258,21 +332,17 @@ def test_chunks_are_played_open_loop_and_end_with_the_episode(sac, counting_envs
     env = FunctionalCounter() if backend == "jax" else None
     nets = sac.make_networks(args, 1)
     carry = dict(state=sac.start_states(args, 1, 1, jnp.zeros(1), jnp.ones(1)))
-    carry["sums"] = jax.vmap(lambda s: sac.zero_sums({}))(carry["state"].seed)
-    carry["recent"] = jnp.full((1, sac.RECENT), jnp.nan)
+    carry["sums"] = jax.vmap(lambda s: sac.add_sums(None, {}, 0))(carry["state"].seed)
     decided = {}
 
-    def fake(state, obs, time, nets, args, act_dim, warm_up):  # the step of the decision, and k
+    def fake(state, obs, time):  # the step of the decision, and k
         base = time.astype(jnp.float32) * 0.01 + jnp.arange(3) * 0.001
         sign = jnp.where(time % 2 == 0, 1.0, -1.0)
         return jnp.broadcast_to((sign * base)[None, :, None], (len(obs), 3, 1))
 
-    original, sac.explore = sac.explore, fake
-    try:
-        (phase,) = sac.make_phases(sac.find_task("cube-double"), env, None, nets, args, 1, 1)
-        carry = phase.advance(phase.enter(carry), 60)
-    finally:
-        sac.explore = original
+    monkeypatch.setattr(sac, "make_act", lambda nets, args, random=False: fake)
+    (phase,) = sac.make_phases(sac.parse_task("cube-double"), env, None, nets, args, (1, 1))
+    carry = phase.advance(phase.enter(carry), 60)
     rows = {k: np.asarray(v)[0, :60] for k, v in carry["replay"]["rows"].items()}
     position = 0
     for i, action in enumerate(np.abs(rows["actions"][:, 0])):
@@ -304,6 +374,7 @@ def metrics(run):
 
 
 PENDULUM_RUN = [*FLAGS, "--online-steps", 120, "--learning-starts", 40, "--eval-interval", 40]
+PENDULUM_RUN += ["--checkpoint-interval", 40]
 RUNS = {
     # phases: warm-up to 40, online to 120; two seeds
     "pendulum": ([*PENDULUM_RUN, "--num-seeds", 2], [40, 80]),
@@ -317,7 +388,7 @@ RUNS = {
     "pointmaze": (
         [*FLAGS, "--env-id", "pointmaze-medium", "--offline-steps", 40, "--online-steps", 60]
         + ["--offline-schedule", "sequential", "--learning-starts", 20, "--eval-interval", 10]
-        + ["--horizon-length", 3, "--eval-episodes", 1],
+        + ["--horizon-length", 3, "--eval-episodes", 1, "--checkpoint-interval", 10],
         [10, 30, 50, 80],
     ),
 }
@@ -342,9 +413,9 @@ def interrupt_at(sac, run_dir, flags, steps, monkeypatch):
     argv = [*map(str, flags), "--out-dir", str(run_dir)]
     for _ in range(len(steps)):
         with pytest.raises(Stop):
-            sac.command_line(sac.run, sac.Args, argv)
+            sac.command_line(sac.main, sac.Args, argv)
         argv = ["--resume", str(only_run(run_dir))]
-    assert sac.command_line(sac.run, sac.Args, argv) == 0
+    assert sac.command_line(sac.main, sac.Args, argv) == 0
 
 
 def whole_and_parts(sac, directory, flags, steps, monkeypatch):
@@ -362,6 +433,7 @@ def whole_and_parts(sac, directory, flags, steps, monkeypatch):
     return whole, parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_interrupted_runs_end_bit_identical(sac, name, tmp_path, monkeypatch):
     """Stopped at checkpoints in every phase, against a run that nobody interrupted."""
@@ -391,17 +463,16 @@ def check_a_finished_run(sac, run):
 
 
 def test_episodic_return_is_the_mean_of_the_last_episodes(sac):
-    """store(): newest first, NaN where there was none yet."""
-    args = make_args(sac, "Hopper-v4", num_envs=3, online_steps=300, learning_starts=30)
-    carry = dict(replay=sac.make_replay(30, 1, 1), recent=jnp.full(sac.RECENT, jnp.nan))
-    carry["sums"] = sac.zero_sums({})
+    """Newest first, NaN where there was none yet."""
+    carry = dict(replay=sac.make_replay(30, 1, 1), recent=jnp.full(20, jnp.nan))
+    carry["sums"], play = sac.add_sums(None, {}, 0), sac.Play(None, None)
     rng, history = np.random.default_rng(0), []
     for _ in range(12):
         done, returns = rng.random(3) < 0.7, rng.normal(size=3).astype(np.float32)
         out = dict(reward=jnp.zeros(3), terminated=jnp.asarray(done), truncated=jnp.zeros(3, bool))
         out |= dict(success=jnp.zeros(3), next_obs=jnp.zeros((3, 1)))
         obs = jnp.zeros((3, 1))
-        carry = sac.store(carry, obs, obs, out, jnp.asarray(returns), args, warm_up=False)
+        carry = sac.remember(carry | {"returns": jnp.asarray(returns)}, obs, obs, out, play)
         history = [*returns[done], *history]
         expected = (history + [np.nan] * 20)[:20]
         np.testing.assert_array_equal(carry["recent"], np.float32(expected))
@@ -425,7 +496,8 @@ BAD_FLAGS = {
     "coefficient": ("--ent-coef 0", "--autotune starts from --ent-coef"),
     "steps": ("--total-timesteps 500", "must exceed --learning-starts"),
     "nothing": ("--env-id cube-double --offline-steps 0 --online-steps 0", "nothing to train"),
-    "envs": ("--num-envs 3", "must be multiples of --num-envs"),
+    "moved": ("--env-id Hopper-v3", "moved to the gymnasium-robotics project"),
+    "discrete": ("--env-id CartPole-v1", "choose a task where both are vectors"),
     "scale": ("--action-scale 1", "--action-scale is 1, but phys2d/Pendulum-v0 has the box"),
     "backend": ("--env-backend host", "has no host environment"),
     "no jax": ("--env-id Ant-v5 --env-backend jax", "has no jax environment"),
@@ -444,10 +516,22 @@ def test_bad_flags(sac, tmp_path, capsys, monkeypatch, name):
     """One sentence with the remedy on stderr, exit code 2, nothing written."""
     flags, message = BAD_FLAGS[name]
     monkeypatch.chdir(tmp_path)
-    assert sac.command_line(sac.run, sac.Args, flags.split()) == 2
+    assert sac.command_line(sac.main, sac.Args, flags.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_advice_after_divergence_names_flags_of_this_script(sac, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sac, "StopSignal", lambda: SimpleNamespace(number=None))
+    flags = [*PENDULUM_RUN, "--policy", "gaussian", "--critic-lr", "1e38", "--out-dir", tmp_path]
+    assert sac.command_line(sac.main, sac.Args, [*map(str, flags)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "training diverged before step" in err
+    advice = err.split("try a lower ")[1].split()
+    assert advice == ["--actor-lr", "or", "--critic-lr", "or", "--alpha-lr"]
+    known = sac.Args.__dataclass_fields__
+    assert all(flag[2:].replace("-", "_") in known for flag in advice[::2])
 
 
 # ---- learning ----
@@ -458,10 +542,11 @@ def returns_of(sac, args, task, state):
     return sac.make_evaluate(task, sac.Pendulum(), policies, args)(state, 0)
 
 
+@pytest.mark.slow
 def test_pendulum_is_learned(tmp_path, sac):
     """Flow-G with the defaults; an untrained and a random policy are measured beside it."""
-    task = sac.find_task(sac.PENDULUM)
-    args = sac.fill(sac.resolve(sac.Args(), task), target_entropy=0.0)
+    task = sac.parse_task(PENDULUM)
+    args, _ = sac.fit_to_env(sac.resolve(sac.Args(), task), task, sac.Pendulum())
     untrained = sac.start_states(args, 3, 1, jnp.zeros(3), jnp.ones(3))
     before = returns_of(sac, args, task, untrained)["return_stochastic"].mean()
     random = lambda state, obs, key: jax.random.uniform(key, (1,), minval=-2, maxval=2)

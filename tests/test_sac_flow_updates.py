@@ -18,7 +18,8 @@ def sac():
 
 
 def make_args(sac, env_id="Hopper-v4", **flags):
-    return sac.resolve(sac.Args(env_id=env_id, **(TINY | flags)), sac.find_task(env_id))
+    args = sac.Args(env_id=env_id, **(TINY | dict(action_scale=1.0) | flags))
+    return sac.resolve(args, sac.parse_task(env_id))
 
 
 def make_state(sac, args, obs_dim=3, act_dim=2, seed=0):
@@ -194,14 +195,12 @@ def changed_groups(before, after):
 def test_one_update_of_each_mode(sac, env_id, delay):
     """Online: policy_delay critic steps, then the actor up the new critic and the temperature.
     Offline-to-online: joint steps, the actor up the critic as it was before."""
-    settings, key = sac.PhaseSettings(jnp.float32(2.0)), jax.random.key(4)
+    beta, key = jnp.float32(2.0), jax.random.key(4)
     args = make_args(sac, env_id, policy="flow-g", target_entropy=0.0)
     assert args.policy_delay == delay
     nets, state = sac.make_networks(args, 2), make_state(sac, args)
     batches = [make_batch(args, seed=i) for i in range(delay)]
-    fixed = dict(settings=settings, nets=nets, args=args)
-    update = jax.jit(functools.partial(sac.update, **fixed), static_argnames="kind")
-    new, info = update(state, batches, key)
+    new, info = jax.jit(sac.make_update(nets, args))(state, batches, key, beta)
     assert changed_groups(state, new) == set(state.params) and new.step == delay
 
     keys, expected, infos = jax.random.split(key, delay + 1), state, []
@@ -210,14 +209,16 @@ def test_one_update_of_each_mode(sac, env_id, delay):
         expected, critic_info = step(expected, batch, critic_key)
         infos.append(critic_info)
     judge = expected if env_id == "Hopper-v4" else state
-    act = jax.jit(functools.partial(sac.actor_step, **fixed, kind="rl"))
-    expected, _ = act(expected, judge, batches[-1], keys[0])
+    critic = judge.params["critic"], judge.stats["critic"]
+    act = jax.jit(functools.partial(sac.actor_step, nets=nets, args=args))
+    expected, _ = act(expected, critic, batches[-1], keys[0], beta)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), expected, new)
     assert info["q"] == pytest.approx(np.mean([i["q"] for i in infos]), abs=1e-5)
     assert {"actor_loss", "entropy", "alpha", "step_std"} <= info.keys()
 
     if env_id == "cube-triple":
-        clone, info = update(state, batches, key, kind="bc")
+        step = jax.jit(sac.make_update(nets, args, clone=True))
+        clone, info = step(state, batches, key, beta)
         assert changed_groups(state, clone) == {"actor", "critic"} and "bc_loss" in info
 
 
@@ -230,10 +231,9 @@ def test_temperature_moves_the_right_way(sac, env_id, shift):
     """Entropy below the target raises alpha, above lowers it; first step = learning rate."""
     args = make_args(sac, env_id, autotune=True, policy="flow-g", target_entropy=-500.0)
     nets, state, batch = sac.make_networks(args, 2), make_state(sac, args), make_batch(args)
-    key, settings = jax.random.key(0), sac.PhaseSettings(jnp.float32(1.0))
-    step = lambda a: jax.jit(lambda s: sac.actor_step(s, s, batch, key, settings, nets, a, "rl"))(
-        state
-    )
+    critic = state.params["critic"], state.stats["critic"]
+    inputs = (critic, batch, jax.random.key(0), jnp.float32(1.0), nets)
+    step = lambda a: jax.jit(lambda s: sac.actor_step(s, *inputs, a))(state)
     entropy = float(step(args)[1]["entropy"])
     args = sac.dataclasses.replace(args, target_entropy=entropy - shift)
     after = step(args)[0].params["log_alpha"]
@@ -251,20 +251,20 @@ def test_entropy_ceiling(sac):
     asked = dict(autotune=True, flow_steps=4)
     args = make_args(sac, "cube-triple", target_entropy=0.0, **asked)
     with pytest.raises(sac.UserError, match=r"cannot be reached.* at most -122\.20"):
-        sac.fit_to_task(args, 46, 5)
+        sac.fit_to_sizes(args, 46, 5)
     args = make_args(sac, "cube-triple", target_entropy=-122.3, **asked)
-    assert sac.fit_to_task(args, 46, 5).target_entropy == -122.3
+    assert sac.fit_to_sizes(args, 46, 5).target_entropy == -122.3
     with pytest.raises(sac.UserError, match="--autotune needs --target-entropy"):
-        sac.fit_to_task(make_args(sac, "cube-triple", **asked), 46, 5)
+        sac.fit_to_sizes(make_args(sac, "cube-triple", **asked), 46, 5)
 
 
 def test_default_targets(sac):
     """0 for the path of a flow, -d for a Gaussian."""
     for policy, target in (("flow-g", 0.0), ("flow-t", 0.0), ("mlp", 0.0), ("gaussian", -3.0)):
-        args = sac.fit_to_task(make_args(sac, policy=policy, online_steps=60_000), 11, 3)
+        args = sac.fit_to_sizes(make_args(sac, policy=policy, online_steps=60_000), 11, 3)
         assert args.target_entropy == target
     with pytest.raises(sac.UserError, match="the replay of 10000 seed"):
-        sac.fit_to_task(make_args(sac, num_seeds=10_000), 376, 17)
+        sac.fit_to_sizes(make_args(sac, num_seeds=10_000), 376, 17)
 
 
 # ---- chunks and what an update may see ----
@@ -362,41 +362,48 @@ def test_an_update_sees_no_row_newer_than_its_step(sac, monkeypatch, num_envs, u
     replay = ring(sac, capacity, writes, num_envs)
     windows = []
 
-    def record(key, data, replay, batch_size, horizon, gamma, stride, added, limit):
-        windows.append((int(added), int(limit)))
+    def record(key, replay, batch_size, gamma, limit):
+        windows.append((int(replay["added"]), int(limit)))
         return dict.fromkeys(("obs", "next_obs"), jnp.zeros((batch_size, 3)))
 
-    monkeypatch.setattr(sac, "sample_chunks", record)
-    monkeypatch.setattr(sac, "update", lambda state, *rest: (state, {}))
+    def chunks(key, data, replay, batch_size, horizon, gamma, stride, limit):
+        assert stride == num_envs
+        return record(key, replay, batch_size, gamma, limit)
+
+    monkeypatch.setattr(sac, "sample", record)
+    monkeypatch.setattr(sac, "sample_chunks", chunks)
     carry = dict(state=make_state(sac, args), replay=replay)
+    learn = sac.make_learn(None, args, lambda state, *rest: (state, {}))
     for first in range(0, updates, delay):
-        sac.sample_and_update(carry, None, None, None, args, first, ("rl",))
+        learn(carry, None, None, first)
     before = (writes - steps) * num_envs  # rows when the block began
     expected = [before + num_envs * (j // (num_envs * utd) + 1) for j in range(updates)]
     assert windows == [(e, 20) for e in expected] and expected[-1] == writes * num_envs
+    for first in range(0, updates, delay):
+        learn(carry, {}, None, first)
+    assert windows[updates:] == windows[:updates]  # with a dataset too
     monkeypatch.undo()
     oldest = expected[0] - 20
     seen = all_windows(sac, None, replay, 1, 20, monkeypatch, added=expected[0], limit=20)
     assert sorted(seen[:, 0].tolist()) == list(range(oldest, expected[0]))  # still in the ring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id", ["Hopper-v4", "cube-triple"])
 def test_two_seeds_equal_two_single_runs(sac, env_id):
     """Three updates under vmap against each seed alone."""
-    settings, params = sac.PhaseSettings(jnp.float32(1.0)), {}
+    params = {}
     raw = rows_of(np.arange(30) / 30, np.zeros(30), np.ones(30))
     data = sac.chunk_data({k: np.repeat(v, 3, 1) if v.ndim > 1 else v for k, v in raw.items()})
     for seed, number in ((0, 2), (0, 1), (1, 1)):
         args = make_args(sac, env_id, seed=seed, num_seeds=number, target_entropy=0.0)
         nets = sac.make_networks(args, 3)
-        step = functools.partial(
-            sac.sample_and_update, data=data, settings=settings, nets=nets, args=args
-        )
-        repeat = lambda state, step=step: jax.lax.fori_loop(
-            0, 3, lambda i, carry: step(carry)[0], {"state": state}
-        )
+        learn = sac.make_learn(nets, args, sac.make_update(nets, args))
         state = sac.start_states(args, 3, 3, jnp.zeros(3), jnp.ones(3))
-        params[seed, number] = jax.jit(jax.vmap(repeat))(state)["state"].params
+        carry = sac.start_carry(args, data, nets, state)
+        repeat = sac.repeat(learn, 3)
+        step = jax.vmap(lambda carry, repeat=repeat: repeat(carry, data, jnp.float32(1.0)))
+        params[seed, number] = jax.jit(step)(carry)["state"].params
     both, alone = params[0, 2], (params[0, 1], params[1, 1])
     for i in (0, 1):
         one = jax.tree.map(lambda x, i=i: x[i : i + 1], both)
