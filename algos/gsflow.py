@@ -1366,7 +1366,7 @@ def read_file(path):
         raw["masks"] = 1.0 - raw["terminals"].astype(np.float32)
         raw["terminals"] = np.maximum(raw["terminals"], raw.get("timeouts", 0)).astype(np.float32)
         raw["terminals"][-1:] = 1
-    needed = [("observations", 2), ("actions", 2), ("terminals", 1)]
+    needed = [("terminals", 1), ("observations", 2), ("actions", 2)]
     needed += [("qpos", 2)] * ("rewards" not in raw) + [("rewards", 1)] * ("rewards" in raw)
     for key, _ in needed:
         if key not in raw:
