@@ -1,6 +1,7 @@
 """Runs survive: kill and resume, damaged checkpoints, interrupts, bad input."""
 
 import csv
+import fcntl
 import json
 import os
 import random
@@ -215,7 +216,9 @@ def test_ctrl_c_reaches_a_run_with_official_environments(tmp_path):
     assert f"--resume {only_run(tmp_path)}" in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_interrupt_saves_and_says_how_to_resume(tmp_path, number, code):
     flags = [*BANDIT, "--offline-steps", 10_000_000, "--eval-interval", 10_000_000]
     process = start(*flags, out_dir=tmp_path)
@@ -239,6 +242,30 @@ def test_more_online_steps_on_resume_equal_a_longer_run(reference, tmp_path):
     finish(start("--resume", only_run(tmp_path), "--online-steps", 200))
     load = load_script(SCRIPT).load_checkpoint
     assert_same_tree(load(reference)[0], load(only_run(tmp_path))[0])
+
+
+def test_two_processes_do_not_write_one_run(gsflow, reference, tmp_path, capsys):
+    run = shutil.copytree(reference, tmp_path / "run")
+    with open(run / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = (run / "args.json").read_bytes()
+        flags = ["--resume", str(run), "--online-steps", "220"]
+        assert gsflow.command_line(gsflow.main, gsflow.Args, flags) == 2
+        assert "in use by another process" in capsys.readouterr().err
+        assert (run / "args.json").read_bytes() == before
+
+
+def test_empty_metrics_and_what_args_json_keeps(gsflow, reference, tmp_path):
+    """A resume survives an emptied metrics.csv; args.json keeps how the run started."""
+    run = shutil.copytree(reference, tmp_path / "run")
+    (run / "metrics.csv").write_bytes(b"")
+    facts = json.loads((run / "args.json").read_text())
+    (run / "args.json").write_text(json.dumps(facts | {"commit": "of the start"}))
+    finish(start("--resume", run, "--online-steps", 220))
+    facts = json.loads((run / "args.json").read_text())
+    assert facts["commit"] == "of the start" and facts["args"]["online_steps"] == 220
+    assert [r["step"] for r in facts["resumes"]] == [400]
+    assert columns_without_time(run)[-1]["step"] == "420"
 
 
 def test_damaged_checkpoints_are_noticed(reference, tmp_path, capsys):
@@ -314,6 +341,12 @@ BAD_FLAGS = {
     "toy on host": ("--env-id multi-crescent --env-backend host", "has no host environment"),
     "resume nothing": ("--resume nowhere", "not a run directory"),
     "evaluate nothing": ("--evaluate nowhere", "not a run directory"),
+    "empty resume": ("--resume=", "need the directory of a run"),
+    "big seed": ("--seed 3000000000", "--seed is 3000000000, but must be between"),
+    "last seed": ("--seed 2147483647 --num-seeds 2", "must stay below 2^31"),
+    "no task file": ("--env-id nowhere.py:x", "cannot load nowhere.py"),
+    "no data file": ("--dataset nowhere.npz", "cannot read nowhere.npz"),
+    "gymnasium without data": ("--env-id Hopper-v5", "give --dataset FILE.npz"),
 }
 
 
