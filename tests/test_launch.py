@@ -340,7 +340,9 @@ def test_status_at_a_terminal_goes_on_until_interrupted(tmp_path):
     make_run(tmp_path, 3, "$ python\ndone\n", result=True)
     ours, theirs = pty.openpty()
     command = [sys.executable, LAUNCH, "--status", tmp_path]
-    watcher = subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # whatever this process ignores
+    pipes = dict(stdout=theirs, stderr=subprocess.PIPE)
+    watcher = subprocess.Popen(command, **pipes, preexec_fn=heard)
     shown = ""
     while shown.count("\x1b[H\x1b[J1 runs: 1 finished") < 2:
         shown += os.read(ours, 4096).decode()

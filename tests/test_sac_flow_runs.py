@@ -496,7 +496,7 @@ BAD_FLAGS = {
     "coefficient": ("--ent-coef 0", "--autotune starts from --ent-coef"),
     "steps": ("--total-timesteps 500", "must exceed --learning-starts"),
     "nothing": ("--env-id cube-double --offline-steps 0 --online-steps 0", "nothing to train"),
-    "moved": ("--env-id Hopper-v3", "moved to the gymnasium-robotics project"),
+    "not installed": ("--env-id LunarLanderContinuous-v3", "Box2D is not installed"),
     "discrete": ("--env-id CartPole-v1", "choose a task where both are vectors"),
     "scale": ("--action-scale 1", "--action-scale is 1, but phys2d/Pendulum-v0 has the box"),
     "backend": ("--env-backend host", "has no host environment"),
