@@ -263,6 +263,7 @@ def test_maze_rewards_reaching_the_goal(timing):
 @pytest.mark.slow
 def test_evaluation_runs_in_one_program(gsflow):
     """In float32, three episodes cut short; success where an ant starts at the goal."""
+    jax.clear_caches()  # of MJX's functions, traced in float64 by the tests before
     env = mjx_tasks.make_env(MAZE, "post")
     env.max_episode_steps = 3
     env.start_xy, env.official._goal_tol = env.goal_xy, 1.0  # three quarters of the starts
