@@ -2341,7 +2341,7 @@ class Run:
         self.bar = tqdm(
             total=phase.end, initial=self.step, desc=phase.name, unit="step", disable=self.quiet
         )
-        self.rate, self.log_seconds, self.log_count = 8.0, 0.0, 0.0
+        self.rate, self.log_seconds = 8.0, 0.0
         self.compiled, self.said, self.before = (
             phase.advance.seconds,
             time.perf_counter(),
