@@ -1752,6 +1752,116 @@ def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm
 # ==== end shared: online ====
 
 
+# ==== shared: evaluation ====
+def metric_names(task, policies):
+    """What one evaluation measures, by mode of acting: score and success where the task has them,
+    return, length."""
+    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
+    return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
+
+
+def summary(results):
+    """Mean over seeds and episodes, with the deviation over seeds where there are several."""
+    parts = []
+    for name, values in results.items():
+        per_seed = values.mean(axis=1)
+        spread = f" ± {per_seed.std():.2f}" if len(per_seed) > 1 else ""
+        parts.append(f"{name} {per_seed.mean():.2f}{spread}")
+    return "  ".join(parts)
+
+
+def make_evaluate(task, env, policies, args):
+    """Function (state of all seeds, step) -> {metric: (num_seeds, episodes)} of one evaluation.
+
+    `policies` maps each mode to `policy(state, obs (D,), key) -> (H * A,)`, the actions of the next
+    H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
+    """
+    seeds = [args.seed + i for i in range(args.num_seeds)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    slots = max(1, min(args.eval_episodes, (cores or 1) // args.num_seeds))
+    env = None if args.env_backend == "mjx" else env  # reported numbers are the official engine's
+
+    @functools.cache  # made at the first evaluation and kept
+    def host_envs():
+        disabled = gymnasium.vector.AutoresetMode.DISABLED
+        return make_host_envs(task, args, slots * args.num_seeds, disabled)
+
+    def run_jax(policy, state, step):
+        key = purpose_key(state.seed, "eval", step)
+        return evaluate_jax(env, functools.partial(policy, state), key, args.eval_episodes)
+
+    def decide(policy, state, obs, episode, t, step):  # one seed: obs (slots, D), episode (slots,)
+        def one(obs, episode, t):
+            return policy(state, obs, purpose_key(state.seed, "eval", step, episode, t))
+
+        return jax.vmap(one)(obs, episode, t)
+
+    def on_host(program, state, step):
+        envs, chunks = host_envs(), None
+
+        def act(obs, episode, t):  # open loop within a chunk; the slots' episodes are out of phase
+            nonlocal chunks
+            due = np.ones(t.shape, bool) if chunks is None else t % chunks.shape[2] == 0
+            if due.any():
+                new = np.asarray(program(state, obs.astype(np.float32), episode, t, step))
+                new = new.reshape(*t.shape, -1, *envs.single_action_space.shape)
+                chunks = np.where(due[..., None, None], new, new if chunks is None else chunks)
+            return np.take_along_axis(chunks, (t % chunks.shape[2])[..., None, None], axis=2)
+
+        return evaluate_host(envs, act, seeds, step, args.eval_episodes)
+
+    def one_mode(policy):
+        if env is not None:
+            return jax.jit(jax.vmap(functools.partial(run_jax, policy), in_axes=(0, None)))
+        axes = (0, 0, 0, 0, None)
+        program = jax.jit(jax.vmap(functools.partial(decide, policy), in_axes=axes))
+        return functools.partial(on_host, program)
+
+    modes = {mode: one_mode(policy) for mode, policy in policies.items()}
+
+    def evaluate(state, step):
+        measured = {}
+        for mode, run_episodes in modes.items():
+            result = jax.device_get(run_episodes(state, step))
+            if score := task.parts.get("score"):
+                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
+            measured |= {f"{k}_{mode}".rstrip("_"): v for k, v in result.items()}
+        return {name: measured[name] for name in metric_names(task, policies)}
+
+    return evaluate
+
+
+def print_evaluation(task, args, policies, step, results):
+    """The table of --evaluate: one line per seed and mode."""
+    print(f"{task.name}, step {step:,}, {args.eval_episodes} episodes per seed")
+    names = metric_names(task, policies)
+    for mode in policies:
+        columns = [n for n in names if n.partition("_")[2] == mode]
+        width = max(10, *(len(n) + 2 for n in columns))
+        print(f"{'seed':>6}" + "".join(f"{name:>{width}}" for name in columns))
+        for i in range(args.num_seeds):
+            row = "".join(f"{results[name][i].mean():>{width}.2f}" for name in columns)
+            print(f"{args.seed + i:>6}{row}")
+    print(f"   all  {summary(results)}")
+
+
+def evaluate_only(args, task):
+    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
+    tree, facts = load_checkpoint(args.evaluate)
+    env = make_jax_env(task, args)
+    spaces = env or make_host_env(task, args.success_timing)
+    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
+    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
+    state = restore(state, tree["state"], args.evaluate)
+    policies = evaluation_policies(make_networks(args, act_dim), args)
+    results = make_evaluate(task, env, policies, args)(state, facts["step"])
+    print_evaluation(task, args, policies, facts["step"], results)
+    return results
+
+
+# ==== end shared: evaluation ====
+
+
 # ==== shared: runs ====
 PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
@@ -2196,23 +2306,6 @@ class Run:
         )
 
 
-def metric_names(task, policies):
-    """What one evaluation measures, by mode of acting: score and success where the task has them,
-    return, length."""
-    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
-    return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
-
-
-def summary(results):
-    """Mean over seeds and episodes, with the deviation over seeds where there are several."""
-    parts = []
-    for name, values in results.items():
-        per_seed = values.mean(axis=1)
-        spread = f" ± {per_seed.std():.2f}" if len(per_seed) > 1 else ""
-        parts.append(f"{name} {per_seed.mean():.2f}{spread}")
-    return "  ".join(parts)
-
-
 class StopSignal:
     """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
 
@@ -2238,81 +2331,6 @@ class Phase(NamedTuple):
     enter: Callable = lambda carry: carry  # from the carry of the phase before
     stride: int = 1
     restart: Callable | None = None  # host environments begin new episodes at each checkpoint
-
-
-def make_evaluate(task, env, policies, args):
-    """Function (state of all seeds, step) -> {metric: (num_seeds, episodes)} of one evaluation.
-
-    `policies` maps each mode to `policy(state, obs (D,), key) -> (H * A,)`, the actions of the next
-    H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
-    """
-    seeds = [args.seed + i for i in range(args.num_seeds)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    slots = max(1, min(args.eval_episodes, (cores or 1) // args.num_seeds))
-    env = None if args.env_backend == "mjx" else env  # reported numbers are the official engine's
-
-    @functools.cache  # made at the first evaluation and kept
-    def host_envs():
-        disabled = gymnasium.vector.AutoresetMode.DISABLED
-        return make_host_envs(task, args, slots * args.num_seeds, disabled)
-
-    def run_jax(policy, state, step):
-        key = purpose_key(state.seed, "eval", step)
-        return evaluate_jax(env, functools.partial(policy, state), key, args.eval_episodes)
-
-    def decide(policy, state, obs, episode, t, step):  # one seed: obs (slots, D), episode (slots,)
-        def one(obs, episode, t):
-            return policy(state, obs, purpose_key(state.seed, "eval", step, episode, t))
-
-        return jax.vmap(one)(obs, episode, t)
-
-    def on_host(program, state, step):
-        envs, chunks = host_envs(), None
-
-        def act(obs, episode, t):  # open loop within a chunk; the slots' episodes are out of phase
-            nonlocal chunks
-            due = np.ones(t.shape, bool) if chunks is None else t % chunks.shape[2] == 0
-            if due.any():
-                new = np.asarray(program(state, obs.astype(np.float32), episode, t, step))
-                new = new.reshape(*t.shape, -1, *envs.single_action_space.shape)
-                chunks = np.where(due[..., None, None], new, new if chunks is None else chunks)
-            return np.take_along_axis(chunks, (t % chunks.shape[2])[..., None, None], axis=2)
-
-        return evaluate_host(envs, act, seeds, step, args.eval_episodes)
-
-    def one_mode(policy):
-        if env is not None:
-            return jax.jit(jax.vmap(functools.partial(run_jax, policy), in_axes=(0, None)))
-        axes = (0, 0, 0, 0, None)
-        program = jax.jit(jax.vmap(functools.partial(decide, policy), in_axes=axes))
-        return functools.partial(on_host, program)
-
-    modes = {mode: one_mode(policy) for mode, policy in policies.items()}
-
-    def evaluate(state, step):
-        measured = {}
-        for mode, run_episodes in modes.items():
-            result = jax.device_get(run_episodes(state, step))
-            if score := task.parts.get("score"):
-                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
-            measured |= {f"{k}_{mode}".rstrip("_"): v for k, v in result.items()}
-        return {name: measured[name] for name in metric_names(task, policies)}
-
-    return evaluate
-
-
-def print_evaluation(task, args, policies, step, results):
-    """The table of --evaluate: one line per seed and mode."""
-    print(f"{task.name}, step {step:,}, {args.eval_episodes} episodes per seed")
-    names = metric_names(task, policies)
-    for mode in policies:
-        columns = [n for n in names if n.partition("_")[2] == mode]
-        width = max(10, *(len(n) + 2 for n in columns))
-        print(f"{'seed':>6}" + "".join(f"{name:>{width}}" for name in columns))
-        for i in range(args.num_seeds):
-            row = "".join(f"{results[name][i].mean():>{width}.2f}" for name in columns)
-            print(f"{args.seed + i:>6}{row}")
-    print(f"   all  {summary(results)}")
 
 
 def check_numbers(args, unbounded=(), zero=()):
@@ -2372,20 +2390,6 @@ def command_line(main, args_type, argv=None):
         print("\ninterrupted before training began; nothing was written", file=sys.stderr)
         return 130
     return 0
-
-
-def evaluate_only(args, task):
-    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
-    tree, facts = load_checkpoint(args.evaluate)
-    env = make_jax_env(task, args)
-    spaces = env or make_host_env(task, args.success_timing)
-    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
-    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    state = restore(state, tree["state"], args.evaluate)
-    policies = evaluation_policies(make_networks(args, act_dim), args)
-    results = make_evaluate(task, env, policies, args)(state, facts["step"])
-    print_evaluation(task, args, policies, facts["step"], results)
-    return results
 
 
 # ==== end shared: runs ====
