@@ -710,7 +710,6 @@ import textwrap
 import zlib
 from types import MappingProxyType
 
-from gymnasium.experimental.functional import FuncEnv
 from tqdm import tqdm
 
 # ==== end shared: imports ====
@@ -853,24 +852,18 @@ def make_jax_env(task, args):
 
 
 # ==== shared: point mazes ====
-# OGBench's point mazes, one word per row from the smallest y upwards, # is a wall; then the five
-# single tasks as (start row, start column, goal row, goal column).
+# OGBench's point mazes inside their outer wall, one word per row from the smallest y upwards, # is
+# a wall; and their five single tasks as (start row, start column, goal row, goal column).
 MAZES = {
-    "medium": (
-        "######## #..##..# #..#...# ##...### #..#...# #.#..#.# #...#..# ########",
-        ((1, 1, 6, 6), (6, 1, 1, 6), (5, 3, 4, 2), (6, 5, 6, 1), (2, 6, 1, 1)),
-    ),
-    "large": (
-        "############ #....#.....# #.##.#.#.#.# #......#...# #.####.###.# "
-        "#..#.#.....# ##.#.#.#.### #..#...#...# ############",
-        ((1, 1, 7, 10), (5, 4, 7, 1), (7, 4, 1, 10), (3, 8, 5, 4), (1, 1, 5, 4)),
-    ),
-    "giant": (
-        "################ #.#......##....# #.#.##.#.#..##.# #...#..#...#...# "
-        "#.###.######.#.# #...#...#....#.# ###.#.#..#.#.### #...#..#...#...# "
-        "#.#.#.######.#.# #.###...#...##.# #.....#...#....# ################",
-        ((1, 1, 10, 14), (1, 14, 10, 1), (8, 14, 1, 1), (8, 3, 5, 12), (5, 9, 3, 8)),
-    ),
+    "medium": "..##.. ..#... #...## ..#... .#..#. ...#..",
+    "large": "....#..... .##.#.#.#. ......#... .####.###. ..#.#..... #.#.#.#.## ..#...#...",
+    "giant": ".#......##.... .#.##.#.#..##. ...#..#...#... .###.######.#. ...#...#....#. "
+    "##.#.#..#.#.## ...#..#...#... .#.#.######.#. .###...#...##. .....#...#....",
+}
+TASKS = {
+    "medium": ((1, 1, 6, 6), (6, 1, 1, 6), (5, 3, 4, 2), (6, 5, 6, 1), (2, 6, 1, 1)),
+    "large": ((1, 1, 7, 10), (5, 4, 7, 1), (7, 4, 1, 10), (3, 8, 5, 4), (1, 1, 5, 4)),
+    "giant": ((1, 1, 10, 14), (1, 14, 10, 1), (8, 14, 1, 1), (8, 3, 5, 12), (5, 9, 3, 8)),
 }
 CELL, RADIUS = 4.0, 0.7  # width of a cell; radius of the ball
 STEP_SIZE, SUBSTEPS, TIMESTEP = 0.2, 5, 0.02  # displacement at |a| = 1; RK4 steps and their length
@@ -885,17 +878,14 @@ def wall_acceleration(px, py, vx, vy, walls):
     """
     # solref 0.02 is raised to 2 * timestep (refsafe): K = 1 / (dmax tc)^2, B = 2 / (dmax tc)
     dmin, dmax, width, tc = 0.9, 0.95, 0.001, 2 * TIMESTEP  # solimp and time constant
-    stiffness, damping = 1 / (dmax * tc) ** 2, 2 / (dmax * tc)
-    rows = []
-    own_x, own_y = jnp.minimum(px, 0), jnp.minimum(py, 0)
-    over_x, over_y = jnp.maximum(px, 0), jnp.maximum(py, 0)
-    offsets = ((own_x, over_y), (over_x, own_y), (own_x, own_y))  # ball - nearest point of the cell
+    stiffness, damping, rows = 1 / (dmax * tc) ** 2, 2 / (dmax * tc), []
+    own, over = ([limit(p, 0) for p in (px, py)] for limit in (jnp.minimum, jnp.maximum))
+    offsets = ((own[0], over[1]), (over[0], own[1]), own)  # ball - nearest point of the cell
     for wall, (dx, dy) in zip(walls, offsets, strict=True):
         distance = jnp.sqrt(jnp.maximum(dx * dx + dy * dy, 1e-12))
         nx, ny, depth = dx / distance, dy / distance, RADIUS - distance
         x = jnp.clip(depth / width, 0, 1)
-        y = jnp.where(x < 0.5, 2 * x * x, 1 - 2 * (1 - x) ** 2)
-        impedance = dmin + y * (dmax - dmin)
+        impedance = dmin + jnp.where(x < 0.5, 2 * x * x, 1 - 2 * (1 - x) ** 2) * (dmax - dmin)
         # w = 1 / R with R = (1 - imp) / imp * 2 mu^2 (1 + mu^2) * invweight, friction mu = 1 and
         # mass * invweight = 2/3 (MuJoCo averages 1/m, 1/m and the locked z axis' 0)
         w = jnp.where(wall & (depth > 0), impedance / (1 - impedance) / (4 * 2 / 3), 0)
@@ -906,16 +896,14 @@ def wall_acceleration(px, py, vx, vy, walls):
             rows.append((jx, jy, weight, aref))
 
     def newton(_, a):
-        ax, ay = a
-        gx, gy, hxx, hxy, hyy = ax, ay, 1.0, 0.0, 1.0
+        (gx, gy), hxx, hxy, hyy = a, 1.0, 0.0, 1.0
         for jx, jy, weight, aref in rows:
-            residual = jx * ax + jy * ay - aref
+            residual = jx * a[0] + jy * a[1] - aref
             active = jnp.where(residual < 0, weight, 0)  # contacts push, they never pull
             gx, gy = gx + active * residual * jx, gy + active * residual * jy
-            hxx, hyy = hxx + active * jx * jx, hyy + active * jy * jy
-            hxy = hxy + active * jx * jy
+            hxx, hxy, hyy = hxx + active * jx * jx, hxy + active * jx * jy, hyy + active * jy * jy
         det = hxx * hyy - hxy * hxy
-        return ax - (hyy * gx - hxy * gy) / det, ay - (hxx * gy - hxy * gx) / det
+        return a[0] - (hyy * gx - hxy * gy) / det, a[1] - (hxx * gy - hxy * gx) / det
 
     # Piecewise quadratic, so exact once the active rows are found: six steps did for each of two
     # million random states, nearly always four.
@@ -927,8 +915,8 @@ class PointMazeState(NamedTuple):
     success: jax.Array  # did the last transition reach the goal?
 
 
-class PointMaze(FuncEnv):
-    """OGBench's pointmaze-{medium,large,giant} with a fixed task, as pure functions.
+class PointMaze:
+    """OGBench's pointmaze-{medium,large,giant} with a fixed task, as gymnasium's FuncEnv.
 
     MuJoCo's contact dynamics, written out for a ball and the cells around it: a step agrees with
     the official environment to 1e-12 in float64 (1e-8 where MuJoCo's solver stops early, a few
@@ -936,20 +924,15 @@ class PointMaze(FuncEnv):
     a wall (|a_i| > 3 could). As there, actions are not clipped.
     """
 
-    max_episode_steps = 1000
-    goal_tol = 1.0
+    max_episode_steps, goal_tol = 1000, 1.0
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
 
-    def __init__(self, maze: str, task: int = 1, success_timing: str = "post"):
-        super().__init__()
-        if maze not in MAZES or task not in range(1, 6) or success_timing not in ("pre", "post"):
-            raise ValueError(f"no point maze {maze!r}, task {task}, timing {success_timing!r}")
-        rows, tasks = MAZES[maze]
-        self.maze_map = np.array([[c == "#" for c in row] for row in rows.split()], np.int64)
-        self.start_xy = self.ij_to_xy(np.array(tasks[task - 1][:2]))
-        self.goal_xy = self.ij_to_xy(np.array(tasks[task - 1][2:]))
+    def __init__(self, maze, task=1, success_timing="post"):
+        inside = np.array([[c == "#" for c in row] for row in MAZES[maze].split()])
+        self.maze_map = np.pad(inside, 1, constant_values=True)
+        self.start_xy, self.goal_xy = self.ij_to_xy(np.reshape(TASKS[maze][task - 1], (2, 2)))
         self.success_timing = success_timing
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
 
     def ij_to_xy(self, ij):
         return CELL * ij[..., ::-1] - CELL
@@ -960,39 +943,35 @@ class PointMaze(FuncEnv):
     def move(self, xy, action):
         """Position and velocity after one step; the ball starts each step at rest."""
         xy = xy + STEP_SIZE * action
-        ij = self.xy_to_ij(xy)
+        i, j = ij = self.xy_to_ij(xy)
         from_centre = xy - self.ij_to_xy(ij)
         # Mirror the plane so that the ball sits in the lower left of the four nearest cells. The
         # meeting point as the origin also keeps float32 accurate far from the maze's corner.
-        side = jnp.where(from_centre < 0, -1, 1)
-        p = jnp.abs(from_centre) - CELL / 2
-        (i, j), (sx, sy), wall = ij, side, jnp.asarray(self.maze_map == 1)
+        sx, sy = side = jnp.where(from_centre < 0, -1, 1)
+        p, wall = jnp.abs(from_centre) - CELL / 2, jnp.asarray(self.maze_map)
         walls = wall[i, j + sx], wall[i + sy, j], wall[i + sy, j + sx]
-
-        def derivative(s):
-            return (*s[2:], *wall_acceleration(*s, walls))
 
         def advance(s, h, k):
             return tuple(a + h * b for a, b in zip(s, k, strict=True))
 
-        def rk4(s, _):
-            k1 = derivative(s)
-            k2 = derivative(advance(s, TIMESTEP / 2, k1))
-            k3 = derivative(advance(s, TIMESTEP / 2, k2))
-            k4 = derivative(advance(s, TIMESTEP, k3))
-            ends, middle = advance(k1, 1, k4), advance(k2, 1, k3)
-            return advance(s, TIMESTEP / 6, advance(ends, 2, middle)), None
+        def rk4(_, s):
+            slope = lambda s: (*s[2:], *wall_acceleration(*s, walls))
+            k1 = slope(s)
+            k2 = slope(advance(s, TIMESTEP / 2, k1))
+            k3 = slope(advance(s, TIMESTEP / 2, k2))
+            k4 = slope(advance(s, TIMESTEP, k3))
+            return advance(s, TIMESTEP / 6, advance(advance(k1, 1, k4), 2, advance(k2, 1, k3)))
 
         # Scalars rather than vectors: under vmap each becomes one (batch,) array, which XLA fuses.
-        state = (p[0], p[1], jnp.zeros_like(p[0]), jnp.zeros_like(p[0]))
-        state, _ = jax.lax.scan(rk4, state, None, length=SUBSTEPS)
-        return xy + side * (jnp.stack(state[:2]) - p), side * jnp.stack(state[2:])
+        start = (p[0], p[1], jnp.zeros_like(p[0]), jnp.zeros_like(p[0]))
+        px, py, *velocity = jax.lax.fori_loop(0, SUBSTEPS, rk4, start)
+        return xy + side * (jnp.stack([px, py]) - p), side * jnp.stack(velocity)
 
-    def initial(self, rng: Any, params: Any = None) -> PointMazeState:
+    def initial(self, rng, params=None):
         xy = self.start_xy + jax.random.uniform(rng, (2,), minval=-1, maxval=1)
         return PointMazeState(xy, jnp.asarray(False))
 
-    def transition(self, state, action, rng=None, params=None) -> PointMazeState:
+    def transition(self, state, action, rng=None, params=None):
         xy, _ = self.move(state.xy, action)
         judged = xy if self.success_timing == "post" else state.xy
         return PointMazeState(xy, jnp.linalg.norm(judged - self.goal_xy) <= self.goal_tol)
@@ -1001,106 +980,76 @@ class PointMaze(FuncEnv):
         return state.xy
 
     def reward(self, state, action, next_state, rng=None, params=None):
-        return next_state.success.astype(jnp.float32) - 1
+        return next_state.success - 1.0
 
     def terminal(self, state, rng=None, params=None):
         return state.success
 
-    def success(self, state):
-        return state.success
+    success = terminal
 
 
-def maze_paths(maze_map):
-    """Shortest-path lengths between cells and the next cell on the way, both [from, to].
-
-    Cells are numbered row by row. A wall or the goal itself leads nowhere: next = from. Among
-    equally short ways the order up, left, down, right decides, as in OGBench.
-    """
-    size, free = maze_map.size, np.flatnonzero(maze_map == 0)
-    width = maze_map.shape[1]
-    neighbours = free + np.array([-width, -1, width, 1])[:, None]
-    length = np.full((size, size), size)  # `size` means unreachable
-    length[free, free] = 0
-    for _ in free:
-        length[free] = np.minimum(length[free], length[neighbours].min(0) + 1)
-    step = neighbours[length[neighbours].argmin(0), np.arange(len(free))[:, None]]
-    next_cell = np.tile(np.arange(size)[:, None], size)
-    closer = length[neighbours].min(0) < length[free]
-    next_cell[free] = np.where(closer, step, next_cell[free])
-    return length, next_cell
+def maze_paths(wall):
+    """Shortest-path lengths between cells, numbered row by row, and the next cell on the way, both
+    [from, to]. Among equally short ways up, left, down, right decides, as in OGBench."""
+    size, width, blocked = wall.size, wall.shape[1], wall.reshape(-1, 1)
+    cells = np.arange(size)[:, None]
+    around = (cells[:, 0] + [[-width], [-1], [width], [1]]) % size
+    length = np.where((cells == cells.T) & ~blocked, 0, size)  # `size` means unreachable
+    for _ in cells:
+        length = np.where(blocked, size, np.minimum(length, length[around].min(0) + 1))
+    nearest = around[length[around].argmin(0), cells]
+    return length, np.where(length[around].min(0) < length, nearest, cells)
 
 
-def collect_pointmaze(
-    maze: str,
-    num_transitions: int,
-    seed: int = 0,
-    dataset_type: str = "navigate",
-    with_goals: bool = False,
-) -> dict[str, np.ndarray]:
-    """Collect a dataset as OGBench made its own, in the layout of its files.
+def collect_pointmaze(maze, num_transitions, seed=0, dataset_type="navigate"):
+    """Collect a dataset as OGBench made its own, in the layout of its files, with the goals added.
 
-    The controller walks from cell to cell along the shortest path with Gaussian action noise.
+    The controller walks from cell to cell along the shortest path with Gaussian action noise;
     navigate: a new goal whenever one is reached; stitch: one goal, four cells away. An episode of
-    n + 1 rows holds n transitions (OGBench's 1M: 1000 episodes of 1001 rows; giant 500 of 2001;
-    stitch 5000 of 201), and the number of episodes is rounded up. `with_goals` adds the position
-    that each row was heading for, which OGBench does not store.
+    n + 1 rows holds n transitions; the number of episodes is rounded up.
     """
-    if dataset_type not in ("navigate", "stitch"):
-        raise ValueError(f"no dataset type {dataset_type!r}: navigate or stitch")
     env, navigate = PointMaze(maze), dataset_type == "navigate"
-    steps = (2001 if maze == "giant" else 1001) if navigate else 201
+    steps = dict(navigate=2001 if maze == "giant" else 1001, stitch=201)[dataset_type]
     episodes = -(-num_transitions // (steps - 1))
-    length, next_cell = maze_paths(env.maze_map)
-
-    wall = env.maze_map == 1
+    wall, (length, next_cell) = env.maze_map, maze_paths(env.maze_map)
     up, down, left, right = (np.roll(wall, shift, axis) for axis in (0, 1) for shift in (1, -1))
     hallway = (up & down & ~left & ~right) | (left & right & ~up & ~down)
     goals = np.flatnonzero(~wall & ~hallway)  # OGBench puts no goals in the middle of a corridor
     cell_xy = jnp.asarray(env.ij_to_xy(np.indices(wall.shape).reshape(2, -1).T))
 
+    def step(carry, key):
+        xy, velocity, goal, goal_xy = carry
+        noise_key, cell_key, goal_key = jax.random.split(key, 3)
+        i, j = env.xy_to_ij(xy)
+        way = cell_xy[jnp.asarray(next_cell)[i * wall.shape[1] + j, goal]] - xy
+        way = way / (jnp.linalg.norm(way) + 1e-6)
+        action = jnp.clip(way + 0.5 * jax.random.normal(noise_key, (2,)), -1, 1)
+        row = dict(observations=xy, actions=action, qpos=xy, qvel=velocity, goals=goal_xy)
+        xy, velocity = env.move(xy, action)
+        reached = navigate & (jnp.linalg.norm(xy - goal_xy) <= env.goal_tol)
+        new = jax.random.choice(cell_key, jnp.asarray(goals))
+        new_xy = cell_xy[new] + jax.random.uniform(goal_key, (2,), minval=-1, maxval=1)
+        new, new_xy = jnp.where(reached, new, goal), jnp.where(reached, new_xy, goal_xy)
+        return (xy, velocity, new, new_xy), row
+
     rng = np.random.default_rng(seed)
     starts = rng.choice(np.flatnonzero(~wall), episodes)
-    if navigate:
-        first_goals = rng.choice(goals, episodes)
-    else:
-        first_goals = np.array([rng.choice(np.flatnonzero(length[s] == 4)) for s in starts])
-    noise = jnp.asarray(rng.uniform(-1, 1, (2, episodes, 2)))
+    near = [goals if navigate else np.flatnonzero(length[cell] == 4) for cell in starts]
+    first = np.array([rng.choice(cells) for cells in near])
+    noise = rng.uniform(-1, 1, (2, episodes, 2))
     velocity = 0.1 * rng.standard_normal((episodes, 2))  # the reset's: stored, without any effect
-
-    def episode(key, xy, velocity, goal_cell, goal_xy):
-        def step(carry, key):
-            xy, velocity, goal_cell, goal_xy = carry
-            noise_key, cell_key, goal_key = jax.random.split(key, 3)
-            i, j = env.xy_to_ij(xy)
-            way = cell_xy[jnp.asarray(next_cell)[i * wall.shape[1] + j, goal_cell]] - xy
-            way = way / (jnp.linalg.norm(way) + 1e-6)
-            action = jnp.clip(way + 0.5 * jax.random.normal(noise_key, (2,)), -1, 1)
-            row = (xy, action, velocity, goal_xy)
-            xy, velocity = env.move(xy, action)
-            if navigate:
-                reached = jnp.linalg.norm(xy - goal_xy) <= env.goal_tol
-                new_cell = jax.random.choice(cell_key, jnp.asarray(goals))
-                new_xy = cell_xy[new_cell] + jax.random.uniform(goal_key, (2,), minval=-1, maxval=1)
-                goal_cell = jnp.where(reached, new_cell, goal_cell)
-                goal_xy = jnp.where(reached, new_xy, goal_xy)
-            return (xy, velocity, goal_cell, goal_xy), row
-
-        carry = (xy, velocity, goal_cell, goal_xy)
-        return jax.lax.scan(step, carry, jax.random.split(key, steps))[1]
-
+    begin = (cell_xy[starts] + noise[0], jnp.asarray(velocity), first, cell_xy[first] + noise[1])
+    episode = lambda begin, key: jax.lax.scan(step, begin, jax.random.split(key, steps))[1]
     keys = jax.random.split(jax.random.key(seed), episodes)
-    start_xy, goal_xy = cell_xy[starts] + noise[0], cell_xy[first_goals] + noise[1]
-    rows = jax.jit(jax.vmap(episode))(keys, start_xy, jnp.asarray(velocity), first_goals, goal_xy)
-    xy, actions, velocity, goals = (np.asarray(a, np.float32).reshape(-1, 2) for a in rows)
-    terminals = np.tile(np.arange(steps) == steps - 1, episodes)
-    data = dict(observations=xy, actions=actions, terminals=terminals, qpos=xy, qvel=velocity)
-    return data | (dict(goals=goals) if with_goals else {})
+    rows = jax.device_get(jax.jit(jax.vmap(episode))(begin, keys))
+    data = {k: np.asarray(v, np.float32).reshape(-1, 2) for k, v in rows.items()}
+    return data | dict(terminals=np.tile(np.arange(steps) == steps - 1, episodes))
 
 
 # ==== end shared: point mazes ====
 
 
-# ==== shared: vector environments ====
+# ==== shared: environments and evaluation ====
 def reset_envs(env, key, num_envs):
     """Start `num_envs` copies of a functional environment -> (states, steps taken)."""
     states = jax.vmap(env.initial)(jax.random.split(key, num_envs))
@@ -1119,61 +1068,24 @@ def step_envs(env, env_state, actions, key):
     bootstrap), success, and next_obs, the observation before any restart.
     """
     states, t = env_state
-    keys, reset_keys = jax.random.split(key, (2, t.shape[0]))
-    next_states = jax.vmap(env.transition)(states, actions, keys)
-    reward = jax.vmap(lambda s, a, n: env.reward(s, a, n, None))(states, actions, next_states)
-    terminated = jax.vmap(lambda s: env.terminal(s, None))(next_states)
-    truncated = (t + 1 >= env.max_episode_steps) & ~terminated
-    done = terminated | truncated
-    success = jax.vmap(env.success)(next_states) if hasattr(env, "success") else jnp.zeros(t.shape)
-    out = dict(
-        reward=reward.astype(jnp.float32),
-        terminated=terminated,
-        truncated=truncated,
-        success=success.astype(jnp.float32),
-        next_obs=observe(env, (next_states, t)),
-    )
+    keys, reset_keys = jax.random.split(key, (2, len(t)))
 
-    def restart(new, old):
-        return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old)
+    def step(state, action, key):
+        new = env.transition(state, action, key)
+        reward = env.reward(state, action, new, None)
+        success = env.success(new) if hasattr(env, "success") else 0
+        out = dict(reward=jnp.float32(reward), success=jnp.float32(success))
+        out |= dict(terminated=env.terminal(new, None), next_obs=env.observation(new, None))
+        return new, out
 
+    states, out = jax.vmap(step)(states, actions, keys)
+    out["truncated"] = (t + 1 >= env.max_episode_steps) & ~out["terminated"]
+    done = out["terminated"] | out["truncated"]
     fresh, _ = jax.lax.cond(  # most steps end no episode
-        done.any(), lambda: reset_envs(env, reset_keys[0], t.shape[0]), lambda: (next_states, t)
+        done.any(), lambda: reset_envs(env, reset_keys[0], len(t)), lambda: (states, t)
     )
-    return (jax.tree.map(restart, fresh, next_states), jnp.where(done, 0, t + 1)), out
-
-
-def evaluate_jax(env, policy, key, num_episodes):
-    """Run `num_episodes` in parallel, in one program; all start together.
-
-    `policy(obs (D,), key) -> (H * A,)` gives the actions of the next H steps, which are taken
-    without looking. Returns arrays (num_episodes,): success at the last step, return, length.
-    """
-    start_key, env_key, policy_key = jax.random.split(key, 3)
-
-    def decide(loop):
-        env_state, _, result = loop
-        t = result["length"].max()
-        keys = jax.random.split(jax.random.fold_in(policy_key, t), num_episodes)
-        chunks = jax.vmap(policy)(observe(env, env_state), keys)
-        chunks = chunks.reshape(num_episodes, -1, *env.action_space.shape).swapaxes(0, 1)
-        return jax.lax.scan(episode_step, loop, chunks)[0]
-
-    def episode_step(loop, actions):
-        env_state, alive, result = loop
-        t = result["length"].max()
-        env_state, out = step_envs(env, env_state, actions, jax.random.fold_in(env_key, t))
-        result = {
-            "success": jnp.where(alive, out["success"], result["success"]),
-            "return": result["return"] + alive * out["reward"],
-            "length": result["length"] + alive,
-        }
-        return (env_state, alive & ~out["terminated"] & ~out["truncated"], result), None
-
-    zeros = jnp.zeros(num_episodes)
-    result = {"success": zeros, "return": zeros, "length": jnp.zeros(num_episodes, jnp.int32)}
-    start = (reset_envs(env, start_key, num_episodes), jnp.ones(num_episodes, bool), result)
-    return jax.lax.while_loop(lambda loop: loop[1].any(), decide, start)[2]
+    states = jax.tree.map(functools.partial(jax.vmap(jnp.where), done), fresh, states)
+    return (states, jnp.where(done, 0, t + 1)), out
 
 
 class SeededReset(gymnasium.Wrapper):
@@ -1188,18 +1100,15 @@ class SeededReset(gymnasium.Wrapper):
 
 
 def make_host_env(task, success_timing):
-    """The official environment (or a task file's); in a worker process Ctrl-C is left to the main
-    process."""
+    """The official environment, or a task file's."""
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's spaces set off warnings
-    if multiprocessing.parent_process() is not None:
+    if multiprocessing.parent_process() is not None:  # Ctrl-C is left to the main process
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if task.source:  # loaded here again: a worker cannot import what the main process loaded
         path, name, dataset_dir = task.source
         return SeededReset(ask(load_file(path).make_task(name, dataset_dir)["make_env"]))
-    import ogbench  # noqa: F401  registers the environments
-
     options = dict(success_timing=success_timing) if task.dataset else {}
-    return SeededReset(gymnasium.make(task.gym_id, **options))
+    return SeededReset(gymnasium.make(f"ogbench:{task.gym_id}", **options))  # imports ogbench first
 
 
 def make_host_envs(task, args, num_envs, autoreset):
@@ -1212,48 +1121,141 @@ def make_host_envs(task, args, num_envs, autoreset):
     )
 
 
-def evaluate_host(envs, act, seeds, step, num_episodes):
-    """Run `num_episodes` per seed on official environments, one after another in each slot.
+def evaluate_jax(env, num_episodes, policy, state, step):
+    """Episodes of one seed, all at once in one program -> {success (at the last step), return,
+    length: (num_episodes,)}. The H actions that the policy gives are taken without looking."""
+    start_key, env_key, policy_key = jax.random.split(purpose_key(state.seed, "eval", step), 3)
 
-    `act(obs (S, slots, D), episode (S, slots), t (S, slots)) -> actions (S, slots, A)`. An episode
-    depends on (seed, step, its number) alone, so the result does not depend on how many slots
-    there are. Returns arrays (S, num_episodes): success at the last step, return, length.
+    def take(loop, actions):
+        env_state, alive, result = loop
+        key = jax.random.fold_in(env_key, result["length"].max())
+        env_state, out = step_envs(env, env_state, actions, key)
+        ended = out["terminated"] | out["truncated"]
+        gain = {"success": ended * out["success"], "return": out["reward"], "length": 1}
+        result = {k: v + alive * gain[k] for k, v in result.items()}
+        return (env_state, alive & ~ended, result), None
+
+    def chunk(loop):
+        key = jax.random.fold_in(policy_key, loop[2]["length"].max())
+        one = functools.partial(policy, state)
+        actions = jax.vmap(one)(observe(env, loop[0]), jax.random.split(key, num_episodes))
+        actions = actions.reshape(num_episodes, -1, *env.action_space.shape).swapaxes(0, 1)
+        return jax.lax.scan(take, loop, actions)[0]
+
+    zeros = jnp.zeros(num_episodes)
+    result = {"success": zeros, "return": zeros, "length": zeros.astype(int)}
+    start = (reset_envs(env, start_key, num_episodes), zeros == 0, result)
+    return jax.lax.while_loop(lambda loop: loop[1].any(), chunk, start)[2]
+
+
+def evaluate_host(make_envs, num_episodes, seeds, act, state, step):
+    """Episodes of S seeds on official environments, one after another in each slot -> as above,
+    each (S, num_episodes). Episode n of a seed depends on (seed, step, n) alone, not on the slots.
+
+    `act(state, obs (S, slots, D), n (S, slots), t (S, slots), step) -> (S, slots, H * A)`.
     """
-    num_slots = envs.num_envs // len(seeds)
-    shape = (len(seeds), num_slots)
-    episode = np.tile(np.arange(num_slots), (len(seeds), 1))
-    next_episode = np.full(len(seeds), num_slots)
-    t, total = np.zeros(shape, np.int32), np.zeros(shape)
-    result = {k: np.zeros((len(seeds), num_episodes)) for k in ("success", "return", "length")}
-    remaining = len(seeds) * num_episodes
-
-    def episode_seeds():
-        ids = [(seeds[s], step, episode[s, k]) for s in range(shape[0]) for k in range(shape[1])]
-        return [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
-
-    obs, _ = envs.reset(seed=episode_seeds())
-    while remaining:
-        actions = np.asarray(act(obs.reshape(*shape, -1), episode, t))
-        obs, reward, terminated, truncated, info = envs.step(actions.reshape(envs.num_envs, -1))
-        t += 1
-        total += reward.reshape(shape)
-        done = (terminated | truncated).reshape(shape)
-        for s, k in zip(*np.nonzero(done), strict=True):
-            if episode[s, k] < num_episodes:
-                success = np.asarray(info["success"]).reshape(shape) if "success" in info else t * 0
-                outcome = {"success": success[s, k], "return": total[s, k], "length": t[s, k]}
-                for name, value in outcome.items():
-                    result[name][s, episode[s, k]] = value
-                remaining -= 1
-            episode[s, k] = next_episode[s]
-            next_episode[s] += 1
-        if done.any() and remaining:
+    envs = make_envs()
+    shape = (len(seeds), envs.num_envs // len(seeds))
+    number = np.tile(np.arange(shape[1]), (len(seeds), 1))  # n of the episode in each slot
+    t, total, done = np.zeros(shape, np.int32), np.zeros(shape), np.ones(shape, bool)
+    result, chunks, horizon = np.zeros((3, len(seeds), num_episodes)), 0.0, 1
+    while number.min() < num_episodes:
+        if done.any():
             t[done], total[done] = 0, 0.0
-            obs, _ = envs.reset(seed=episode_seeds(), options={"reset_mask": done.reshape(-1)})
-    return result
+            ids = [(seeds[s], step, number[s, k]) for s, k in np.ndindex(shape)]
+            fresh = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
+            obs, _ = envs.reset(seed=fresh, options={"reset_mask": done.reshape(-1)})
+        due = t % horizon == 0  # the slots' episodes are out of phase
+        if due.any():
+            obs = obs.astype(np.float32).reshape(*shape, -1)
+            new = np.asarray(act(state, obs, number, t, step))
+            new = new.reshape(*shape, -1, *envs.single_action_space.shape)
+            chunks, horizon = np.where(due[..., None, None], new, chunks), new.shape[2]
+        actions = np.take_along_axis(chunks, (t % horizon)[..., None, None], axis=2)
+        obs, reward, *ends, info = envs.step(actions.reshape(envs.num_envs, -1))
+        t, total, done = t + 1, total + reward.reshape(shape), np.any(ends, axis=0).reshape(shape)
+        success = np.reshape(info.get("success", 0 * reward), shape)
+        for s, k in np.argwhere(done):
+            if number[s, k] < num_episodes:
+                result[:, s, number[s, k]] = success[s, k], total[s, k], t[s, k]
+            number[s, k] = number[s].max() + 1
+    return dict(zip(("success", "return", "length"), result, strict=True))
 
 
-# ==== end shared: vector environments ====
+def metric_names(task, policies):
+    """What an evaluation measures, by mode of acting: score and success if there are such, return,
+    length."""
+    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
+    return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
+
+
+def summary(results):
+    """Mean over seeds and episodes, with the deviation over seeds where there are several."""
+    means = {name: values.mean(axis=1) for name, values in results.items()}
+    spread = lambda mean: f" ± {mean.std():.2f}" if len(mean) > 1 else ""
+    return "  ".join(f"{name} {mean.mean():.2f}{spread(mean)}" for name, mean in means.items())
+
+
+def make_evaluate(task, env, policies, args):
+    """Function (state of all seeds, step) -> {metric: (num_seeds, episodes)} of one evaluation.
+
+    `policies` maps each mode to `policy(state, obs (D,), key) -> (H * A,)`, the actions of the next
+    H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
+    """
+    seeds = [args.seed + i for i in range(args.num_seeds)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    slots = max(1, min(args.eval_episodes, cores // args.num_seeds))
+    disabled = gymnasium.vector.AutoresetMode.DISABLED
+    # made at the first evaluation and kept
+    make_envs = functools.cache(lambda: make_host_envs(task, args, slots * len(seeds), disabled))
+
+    def one_mode(policy):
+        if env is not None and args.env_backend != "mjx":  # reported numbers: the official engine's
+            one_seed = functools.partial(evaluate_jax, env, args.eval_episodes, policy)
+            return jax.jit(jax.vmap(one_seed, (0, None)))
+
+        def act(state, obs, number, t, step):
+            return policy(state, obs, purpose_key(state.seed, "eval", step, number, t))
+
+        act = jax.vmap(jax.vmap(act, (None, 0, 0, 0, None)), (0, 0, 0, 0, None))
+        return functools.partial(evaluate_host, make_envs, args.eval_episodes, seeds, jax.jit(act))
+
+    modes = {mode: one_mode(policy) for mode, policy in policies.items()}
+
+    def evaluate(state, step):
+        results = {}
+        for mode, run_episodes in modes.items():
+            result = jax.device_get(run_episodes(state, step))
+            if score := task.parts.get("score"):
+                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
+            results |= {k: result[k.partition("_")[0]] for k in metric_names(task, [mode])}
+        return results
+
+    return evaluate
+
+
+def evaluate_only(args, task):
+    """--evaluate: rebuild a run's networks, evaluate its last checkpoint as it did; a table."""
+    tree, facts = load_checkpoint(args.evaluate)
+    env = make_jax_env(task, args)
+    spaces = env or make_host_env(task, args.success_timing)
+    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
+    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
+    state = restore(state, tree["state"], args.evaluate)
+    policies = evaluation_policies(make_networks(args, act_dim), args)
+    results = make_evaluate(task, env, policies, args)(state, facts["step"])
+    print(f"{task.name}, step {facts['step']:,}, {args.eval_episodes} episodes per seed")
+    for names in (metric_names(task, [mode]) for mode in policies):
+        width = max(map(len, names)) + 3
+        print("  seed" + "".join(f"{name:>{width}}" for name in names))
+        for i in range(args.num_seeds):
+            means = (results[name][i].mean() for name in names)
+            print(f"{args.seed + i:>6}" + "".join(f"{mean:>{width}.2f}" for mean in means))
+    print(f"   all  {summary(results)}")
+    return results
+
+
+# ==== end shared: environments and evaluation ====
 
 
 # ==== shared: data ====
@@ -1514,116 +1516,6 @@ def prepare(raw, args, task):
     data = device_data(raw | {"rewards": rewards}, args.n_step, args.gamma)
     limit = action_limit(task) - args.dataset_action_clip
     return data | {"actions": jnp.asarray(np.clip(raw["actions"], -limit, limit), jnp.float32)}
-
-
-# ==== shared: evaluation ====
-def metric_names(task, policies):
-    """What one evaluation measures, by mode of acting: score and success where the task has them,
-    return, length."""
-    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
-    return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
-
-
-def summary(results):
-    """Mean over seeds and episodes, with the deviation over seeds where there are several."""
-    parts = []
-    for name, values in results.items():
-        per_seed = values.mean(axis=1)
-        spread = f" ± {per_seed.std():.2f}" if len(per_seed) > 1 else ""
-        parts.append(f"{name} {per_seed.mean():.2f}{spread}")
-    return "  ".join(parts)
-
-
-def make_evaluate(task, env, policies, args):
-    """Function (state of all seeds, step) -> {metric: (num_seeds, episodes)} of one evaluation.
-
-    `policies` maps each mode to `policy(state, obs (D,), key) -> (H * A,)`, the actions of the next
-    H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
-    """
-    seeds = [args.seed + i for i in range(args.num_seeds)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    slots = max(1, min(args.eval_episodes, (cores or 1) // args.num_seeds))
-    env = None if args.env_backend == "mjx" else env  # reported numbers are the official engine's
-
-    @functools.cache  # made at the first evaluation and kept
-    def host_envs():
-        disabled = gymnasium.vector.AutoresetMode.DISABLED
-        return make_host_envs(task, args, slots * args.num_seeds, disabled)
-
-    def run_jax(policy, state, step):
-        key = purpose_key(state.seed, "eval", step)
-        return evaluate_jax(env, functools.partial(policy, state), key, args.eval_episodes)
-
-    def decide(policy, state, obs, episode, t, step):  # one seed: obs (slots, D), episode (slots,)
-        def one(obs, episode, t):
-            return policy(state, obs, purpose_key(state.seed, "eval", step, episode, t))
-
-        return jax.vmap(one)(obs, episode, t)
-
-    def on_host(program, state, step):
-        envs, chunks = host_envs(), None
-
-        def act(obs, episode, t):  # open loop within a chunk; the slots' episodes are out of phase
-            nonlocal chunks
-            due = np.ones(t.shape, bool) if chunks is None else t % chunks.shape[2] == 0
-            if due.any():
-                new = np.asarray(program(state, obs.astype(np.float32), episode, t, step))
-                new = new.reshape(*t.shape, -1, *envs.single_action_space.shape)
-                chunks = np.where(due[..., None, None], new, new if chunks is None else chunks)
-            return np.take_along_axis(chunks, (t % chunks.shape[2])[..., None, None], axis=2)
-
-        return evaluate_host(envs, act, seeds, step, args.eval_episodes)
-
-    def one_mode(policy):
-        if env is not None:
-            return jax.jit(jax.vmap(functools.partial(run_jax, policy), in_axes=(0, None)))
-        axes = (0, 0, 0, 0, None)
-        program = jax.jit(jax.vmap(functools.partial(decide, policy), in_axes=axes))
-        return functools.partial(on_host, program)
-
-    modes = {mode: one_mode(policy) for mode, policy in policies.items()}
-
-    def evaluate(state, step):
-        measured = {}
-        for mode, run_episodes in modes.items():
-            result = jax.device_get(run_episodes(state, step))
-            if score := task.parts.get("score"):
-                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
-            measured |= {f"{k}_{mode}".rstrip("_"): v for k, v in result.items()}
-        return {name: measured[name] for name in metric_names(task, policies)}
-
-    return evaluate
-
-
-def print_evaluation(task, args, policies, step, results):
-    """The table of --evaluate: one line per seed and mode."""
-    print(f"{task.name}, step {step:,}, {args.eval_episodes} episodes per seed")
-    names = metric_names(task, policies)
-    for mode in policies:
-        columns = [n for n in names if n.partition("_")[2] == mode]
-        width = max(10, *(len(n) + 2 for n in columns))
-        print(f"{'seed':>6}" + "".join(f"{name:>{width}}" for name in columns))
-        for i in range(args.num_seeds):
-            row = "".join(f"{results[name][i].mean():>{width}.2f}" for name in columns)
-            print(f"{args.seed + i:>6}{row}")
-    print(f"   all  {summary(results)}")
-
-
-def evaluate_only(args, task):
-    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
-    tree, facts = load_checkpoint(args.evaluate)
-    env = make_jax_env(task, args)
-    spaces = env or make_host_env(task, args.success_timing)
-    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
-    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    state = restore(state, tree["state"], args.evaluate)
-    policies = evaluation_policies(make_networks(args, act_dim), args)
-    results = make_evaluate(task, env, policies, args)(state, facts["step"])
-    print_evaluation(task, args, policies, facts["step"], results)
-    return results
-
-
-# ==== end shared: evaluation ====
 
 
 # ==== shared: runs ====
