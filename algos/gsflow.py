@@ -1066,21 +1066,18 @@ def observe(env, env_state):
 
 
 def step_envs(env, env_state, actions, key):
-    """Step all copies and restart those that ended.
-
-    Returns the new states and, per copy: reward, terminated (no bootstrap), truncated (time limit,
-    bootstrap), success, and next_obs, the observation before any restart.
-    """
+    """Step all copies and restart those that ended -> (new states, dict of each copy's reward,
+    success, terminated (no bootstrap), truncated (time limit, bootstrap) and next_obs, the
+    observation before any restart)."""
     states, t = env_state
     keys, reset_keys = jax.random.split(key, (2, len(t)))
 
     def step(state, action, key):
         new = env.transition(state, action, key)
-        reward = env.reward(state, action, new, None)
         success = env.success(new) if hasattr(env, "success") else 0
-        out = dict(reward=jnp.float32(reward), success=jnp.float32(success))
-        out |= dict(terminated=env.terminal(new, None), next_obs=env.observation(new, None))
-        return new, out
+        out = dict(success=jnp.float32(success), terminated=env.terminal(new, None))
+        out |= dict(reward=jnp.float32(env.reward(state, action, new, None)))
+        return new, out | dict(next_obs=env.observation(new, None))
 
     states, out = jax.vmap(step)(states, actions, keys)
     out["truncated"] = (t + 1 >= env.max_episode_steps) & ~out["terminated"]
@@ -1118,16 +1115,13 @@ def make_host_env(task, success_timing):
 def make_host_envs(task, args, num_envs, autoreset):
     """`num_envs` official environments in processes of their own."""
     make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
-    return gymnasium.vector.AsyncVectorEnv(
-        [make] * num_envs,
-        autoreset_mode=autoreset,
-        context="forkserver",  # forking a process that runs JAX's threads can deadlock
-    )
+    options = dict(autoreset_mode=autoreset, context="forkserver")  # fork deadlocks JAX's threads
+    return gymnasium.vector.AsyncVectorEnv([make] * num_envs, **options)
 
 
-def evaluate_jax(env, num_episodes, policy, state, step):
+def evaluate_jax(env, episodes, policy, state, step):
     """Episodes of one seed, all at once in one program -> {success (at the last step), return,
-    length: (num_episodes,)}. The H actions that the policy gives are taken without looking."""
+    length: (episodes,)}. The H actions that the policy gives are taken without looking."""
     start_key, env_key, policy_key = jax.random.split(purpose_key(state.seed, "eval", step), 3)
 
     def take(loop, actions):
@@ -1142,37 +1136,34 @@ def evaluate_jax(env, num_episodes, policy, state, step):
     def chunk(loop):
         key = jax.random.fold_in(policy_key, loop[2]["length"].max())
         one = functools.partial(policy, state)
-        actions = jax.vmap(one)(observe(env, loop[0]), jax.random.split(key, num_episodes))
-        actions = actions.reshape(num_episodes, -1, *env.action_space.shape).swapaxes(0, 1)
+        actions = jax.vmap(one)(observe(env, loop[0]), jax.random.split(key, episodes))
+        actions = actions.reshape(episodes, -1, *env.action_space.shape).swapaxes(0, 1)
         return jax.lax.scan(take, loop, actions)[0]
 
-    zeros = jnp.zeros(num_episodes)
+    zeros = jnp.zeros(episodes)
     result = {"success": zeros, "return": zeros, "length": zeros.astype(int)}
-    start = (reset_envs(env, start_key, num_episodes), zeros == 0, result)
+    start = (reset_envs(env, start_key, episodes), zeros == 0, result)
     return jax.lax.while_loop(lambda loop: loop[1].any(), chunk, start)[2]
 
 
-def evaluate_host(make_envs, num_episodes, seeds, act, state, step):
+def evaluate_host(make_envs, episodes, seeds, act, state, step):
     """Episodes of S seeds on official environments, one after another in each slot -> as above,
-    each (S, num_episodes). Episode n of a seed depends on (seed, step, n) alone, not on the slots.
-
-    `act(state, obs (S, slots, D), n (S, slots), t (S, slots), step) -> (S, slots, H * A)`.
-    """
+    (S, episodes). Episode n is a function of (seed, step, n), however many slots there are.
+    `act(state, obs (S, slots, D), n (S, slots), t (S, slots), step) -> (S, slots, H * A)`."""
     envs = make_envs()
     shape = (len(seeds), envs.num_envs // len(seeds))
-    number = np.tile(np.arange(shape[1]), (len(seeds), 1))  # n of the episode in each slot
+    n = np.tile(np.arange(shape[1]), (shape[0], 1))  # the episode in each slot
     t, total, done = np.zeros(shape, np.int32), np.zeros(shape), np.ones(shape, bool)
-    result, chunks, horizon = np.zeros((3, len(seeds), num_episodes)), 0.0, 1
-    while number.min() < num_episodes:
+    result, chunks, horizon = np.zeros((3, shape[0], episodes)), 0.0, 1
+    while n.min() < episodes:
         if done.any():
             t[done], total[done] = 0, 0.0
-            ids = [(seeds[s], step, number[s, k]) for s, k in np.ndindex(shape)]
+            ids = [(seeds[s], step, n[s, k]) for s, k in np.ndindex(shape)]
             fresh = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
             obs, _ = envs.reset(seed=fresh, options={"reset_mask": done.reshape(-1)})
         due = t % horizon == 0  # the slots' episodes are out of phase
         if due.any():
-            obs = obs.astype(np.float32).reshape(*shape, -1)
-            new = np.asarray(act(state, obs, number, t, step))
+            new = np.asarray(act(state, obs.astype(np.float32).reshape(*shape, -1), n, t, step))
             new = new.reshape(*shape, -1, *envs.single_action_space.shape)
             chunks, horizon = np.where(due[..., None, None], new, chunks), new.shape[2]
         actions = np.take_along_axis(chunks, (t % horizon)[..., None, None], axis=2)
@@ -1180,15 +1171,14 @@ def evaluate_host(make_envs, num_episodes, seeds, act, state, step):
         t, total, done = t + 1, total + reward.reshape(shape), np.any(ends, axis=0).reshape(shape)
         success = np.reshape(info.get("success", 0 * reward), shape)
         for s, k in np.argwhere(done):
-            if number[s, k] < num_episodes:
-                result[:, s, number[s, k]] = success[s, k], total[s, k], t[s, k]
-            number[s, k] = number[s].max() + 1
+            if n[s, k] < episodes:
+                result[:, s, n[s, k]] = success[s, k], total[s, k], t[s, k]
+            n[s, k] = n[s].max() + 1
     return dict(zip(("success", "return", "length"), result, strict=True))
 
 
 def metric_names(task, policies):
-    """What an evaluation measures, by mode of acting: score and success if there are such, return,
-    length."""
+    """An evaluation's metrics by mode of acting; score and success where there are such."""
     kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
     return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
 
@@ -1202,27 +1192,23 @@ def summary(results):
 
 def make_evaluate(task, env, policies, args):
     """Function (state of all seeds, step) -> {metric: (num_seeds, episodes)} of one evaluation.
-
     `policies` maps each mode to `policy(state, obs (D,), key) -> (H * A,)`, the actions of the next
-    H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
-    """
-    seeds = [args.seed + i for i in range(args.num_seeds)]
+    H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official)."""
+    seeds, episodes = [args.seed + i for i in range(args.num_seeds)], args.eval_episodes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    slots = max(1, min(args.eval_episodes, cores // args.num_seeds))
-    disabled = gymnasium.vector.AutoresetMode.DISABLED
-    # made at the first evaluation and kept
-    make_envs = functools.cache(lambda: make_host_envs(task, args, slots * len(seeds), disabled))
+    count = len(seeds) * max(1, min(episodes, cores // len(seeds)))
+    keep = gymnasium.vector.AutoresetMode.DISABLED  # an ended episode waits to be reset
+    envs = functools.cache(lambda: make_host_envs(task, args, count, keep))  # at the first call
 
     def one_mode(policy):
-        if env is not None and args.env_backend != "mjx":  # reported numbers: the official engine's
-            one_seed = functools.partial(evaluate_jax, env, args.eval_episodes, policy)
-            return jax.jit(jax.vmap(one_seed, (0, None)))
+        def act(state, obs, n, t, step):
+            return policy(state, obs, purpose_key(state.seed, "eval", step, n, t))
 
-        def act(state, obs, number, t, step):
-            return policy(state, obs, purpose_key(state.seed, "eval", step, number, t))
-
-        act = jax.vmap(jax.vmap(act, (None, 0, 0, 0, None)), (0, 0, 0, 0, None))
-        return functools.partial(evaluate_host, make_envs, args.eval_episodes, seeds, jax.jit(act))
+        if env is not None and args.env_backend != "mjx":  # MJX: evaluated officially
+            run = functools.partial(evaluate_jax, env, episodes, policy)
+            return jax.jit(jax.vmap(run, (0, None)))
+        act = jax.jit(jax.vmap(jax.vmap(act, (None, 0, 0, 0, None)), (0, 0, 0, 0, None)))
+        return functools.partial(evaluate_host, envs, episodes, seeds, act)
 
     modes = {mode: one_mode(policy) for mode, policy in policies.items()}
 
