@@ -596,7 +596,7 @@ def make_learn(nets, args):
         for name in ("obs", "next_obs"):
             batch[name] = (batch[name] - state.obs_mean) / state.obs_std
         state, metrics = update(state, batch, update_key, settings)
-        return carry | {"state": state, "sums": add_sums(carry.get("sums"), metrics)}
+        return carry | {"state": state, "sums": add_sums(carry["sums"], metrics)}
 
     return learn
 
@@ -633,9 +633,9 @@ def train(args, task):
 
     state = start_states(args, obs_dim, act_dim, *observation_scale(data, args))
     carry = dict(state=state, sums=zero_sums(learn, {"state": state}, *offline))
-    carry, step = resume(carry, phases, args)
+    carry, progress = resume(carry, phases, args)
     policies = evaluation_policies(nets, args)
-    run = Run(args, task, source, raw, policies, step)
+    run = Run(args, task, source, raw, policies, progress)
     evaluate = make_evaluate(task, env, policies, args)
     run.finish(train_loop(run, carry, phases, evaluate, nets))
 
@@ -648,37 +648,32 @@ def evaluation_policies(nets, args):
 # ==== shared: training loop ====
 def train_loop(run, carry, phases, evaluate, nets):
     """Run the phases dispatch by dispatch, each about a second, so that the bar moves and Ctrl-C is
-    heard; what is computed and logged does not depend on how long they are. Between dispatches log,
-    evaluate and save. Returns the last evaluation."""
-    if run.step >= phases[-1].end:  # stopped between its last checkpoint and result.json
-        return evaluate(carry["state"], run.step)
+    heard; what is computed and logged does not depend on how long they are. Between dispatches
+    evaluate, log and save. Returns the last evaluation."""
+    results = None
     for phase in (p for p in phases if run.step < p.end):
-        if run.step == phase.start:
-            carry = phase.enter(carry)
-        run.begin(phase)
+        carry = phase.enter(carry) if run.step == phase.start else carry
+        run.phase, run.rate, run.said = phase, 8.0, time.perf_counter()
+        run.bar = tqdm(total=phase.end, initial=run.step, desc=phase.name, disable=None)
         while run.step < phase.end:
-            n, start = run.iterations(), time.perf_counter()
-            carry = phase.advance(carry, n)
-            sums = jax.device_get(carry["sums"])
-            run.note(n, sums, time.perf_counter() - start)
-            log, evaluation, save = run.due()
-            if log or evaluation:
-                values = run.averages(sums, carry)
-                zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
-                carry = carry | {"sums": place(zeros, len(run.seeds))}
+            carry, log, evaluation, save = run.dispatch(carry)
             if evaluation:
                 results = evaluate(carry["state"], run.step)
-                values |= run.note_evaluation(results)
             if log or evaluation:
-                run.log(values)
-            stopping = run.stop.number is not None and run.step < phases[-1].end
+                carry = run.log(carry, results if evaluation else None)
+            stopping = run.signal and run.step < phases[-1].end
             if save or stopping:
                 carry = phase.restart(carry) if phase.restart else carry
                 run.save(carry)
             if stopping:
-                run.leave()
-        run.end_phase(nets, carry["state"])
-    return results
+                run.bar.close()
+                again = f"--resume {shlex.quote(str(run.dir))} continues at {run.step:,}"
+                print(f"stopped; {again}", file=sys.stderr)
+                raise SystemExit(128 + run.signal)
+        run.bar.close()
+        if draw := run.task.parts.get("after_phase"):
+            ask(draw, run.dir, phase.name, sys.modules[__name__], nets, run.args, carry["state"])
+    return results or evaluate(carry["state"], run.step)  # the run was over but for result.json
 
 
 # ==== end shared: training loop ====
@@ -1573,8 +1568,8 @@ def remember(carry, obs, actions, out, play):
     rows |= dict(masks=1.0 - out["terminated"], terminals=done)
     returns, sums, recent = carry["returns"] + out["reward"], carry["sums"], carry["recent"]
     if play.count:
-        ended = {"episodes": done, "success": done * out["success"], "return": done * returns}
-        sums = sums | {k: sums[k] + v.astype(jnp.float32).sum() for k, v in ended.items()}
+        ended = {"return": returns, "success": out["success"]}
+        sums = add_sums(sums, ended, done, "online")
         recent = jnp.concatenate([jnp.where(done, returns, jnp.nan), recent])
         recent = recent[jnp.argsort(jnp.isnan(recent))][: carry["recent"].size]  # newest first
     replay, returns = insert(carry["replay"], rows), jnp.where(done, 0.0, returns)
@@ -1720,18 +1715,18 @@ def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm
 PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
 REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}
-FREE_ON_RESUME = ("offline_steps", "online_steps", "eval_interval", "eval_episodes")
-FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate")
-# FREE_ALSO, a script's own, are free until its online phase has begun; with --evaluate env_backend
-# and EVALUATION_FLAGS, also its own, are
+REMEDY[errno.EAGAIN] = "it is in use by another process: wait for it to end"  # its lock
+# Free on --resume. FREE_ALSO, a script's own, and offline_steps are, until its online phase has
+# begun; env_backend and EVALUATION_FLAGS, also its own, are with --evaluate.
+FREE = ("online_steps", "eval_interval", "eval_episodes", "checkpoint_interval")
+# What a checkpoint knows of its run, as it is at the start
+PROGRESS = dict(step=0, train_seconds=0, log_seconds=0, updates_per_s=0, csv_bytes=0, evals=())
 
 
 def purpose_key(seed, purpose, *numbers):
     """Random key of one purpose: a function of the seed and, say, the step, so none is stored."""
-    key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
-    for number in numbers:
-        key = jax.random.fold_in(key, number)
-    return key
+    numbers = (PURPOSES.index(purpose), *numbers)
+    return functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
 
 
 def place(tree, num_seeds, copy=False):
@@ -1745,434 +1740,297 @@ def place(tree, num_seeds, copy=False):
 
 
 class Program:
-    """`step(carry, *inputs)` n times for all seeds in one dispatch: program(carry, n) -> carry.
-
-    The inputs (dataset, settings) are arguments of the compiled code, shared by the seeds; the
-    carry is overwritten. Compiles at the first call and keeps the seconds that took.
-    """
+    """`step(carry, *inputs)` n times for all seeds in one dispatch: program(carry, n) -> carry,
+    whose memory is reused. Seeds share the inputs (dataset, settings). `seconds`: of compiling."""
 
     def __init__(self, step, *inputs):
         self.step, self.inputs, self.executable, self.seconds = step, inputs, None, 0.0
 
-    def compile(self, carry, n):
-        def repeat(carry, n, *inputs):
-            return jax.lax.fori_loop(0, n, lambda i, c: self.step(c, *inputs), carry)
-
-        def one_seed(carry, *inputs):  # an axis of one can cost XLA's CPU code twice the time
-            carry = repeat(jax.tree.map(lambda x: x[0], carry), *inputs)
-            return jax.tree.map(lambda x: x[None], carry)
-
-        start = time.perf_counter()
-        over_seeds = jax.vmap(repeat, in_axes=(0, *[None] * (len(self.inputs) + 1)))
-        over_seeds = one_seed if len(jax.tree.leaves(carry)[0]) == 1 else over_seeds
-        layout = jax.tree.map(lambda x: x.sharding, carry)  # stays as it is
-        program = jax.jit(over_seeds, donate_argnums=0, out_shardings=layout)
-        self.executable = program.lower(carry, n, *self.inputs).compile()
-        self.seconds = time.perf_counter() - start
-
     def __call__(self, carry, n):
         n = jnp.int32(n)
         if self.executable is None:
-            self.compile(carry, n)
+            start, layout = time.perf_counter(), jax.tree.map(lambda x: x.sharding, carry)
+            program = jax.jit(self.repeat, donate_argnums=0, out_shardings=layout)
+            self.executable = program.lower(carry, n, *self.inputs).compile()
+            self.seconds = time.perf_counter() - start
         return self.executable(carry, n, *self.inputs)
+
+    def repeat(self, carry, n, *inputs):
+        one_seed = lambda c: jax.lax.fori_loop(0, n, lambda _, c: self.step(c, *inputs), c)
+        if len(jax.tree.leaves(carry)[0]) > 1:
+            return jax.vmap(one_seed)(carry)
+        carry = one_seed(jax.tree.map(lambda x: x[0], carry))  # an axis of one can cost XLA's CPU
+        return jax.tree.map(lambda x: x[None], carry)  # code twice the time
+
+
+def add_sums(sums, metrics, weight=1, kind="train"):
+    """Add metrics to the sums since the last log, {kind/name: (of weight * metric, of weight)}."""
+    pair = lambda v: jnp.stack([jnp.sum(weight * v), jnp.sum(weight)])
+    new = {f"{kind}/{name}": pair(value) for name, value in metrics.items()}
+    return sums | {name: sums.get(name, 0.0) + value for name, value in new.items()}
 
 
 def zero_sums(learn, carry, *inputs):
     """Sums of metrics before the first update, for all seeds; `carry` is what `learn` needs."""
-    one = jax.tree.map(lambda x: x[0], carry)
-    seeds = len(carry["state"].seed)
-    shapes = jax.eval_shape(learn, one, *inputs)["sums"]
-    return place(jax.tree.map(lambda s: jnp.zeros((seeds, *s.shape), s.dtype), shapes), seeds)
+    one, seeds = jax.tree.map(lambda x: x[0], carry), len(carry["state"].seed)
+    names = jax.eval_shape(learn, one | {"sums": {}}, *inputs)["sums"]
+    names = [*names, "online/return", "online/success"]
+    return place({name: jnp.zeros((seeds, 2)) for name in names}, seeds)
 
 
-def add_sums(sums, metrics, updates=1):
-    """Add one update's metrics (None: start with them); fetched once per dispatch."""
-    if sums is None:
-        sums = {k: jnp.zeros(()) for k in ("count", "episodes", "return", "success")}
-        sums["train"] = {k: jnp.zeros(()) for k in metrics}
-    train = {k: v + updates * metrics.get(k, 0.0) for k, v in sums["train"].items()}
-    return sums | {"train": train, "count": sums["count"] + updates}
-
-
-def write_file(path, content, keep_previous=False):
-    """Write bytes so that a crash at any moment leaves the old file or the new one."""
+def write_file(path, content):
+    """Write bytes, or facts as JSON, so that a crash at any moment leaves the old file or the new
+    one; beside a checkpoint stays the one before."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            is_json = isinstance(content, dict)
+            file.write((json.dumps(content, indent=2) + "\n").encode() if is_json else content)
             file.flush()
             os.fsync(file.fileno())
-        if keep_previous and path.exists():
+        if not is_json and path.exists():
             os.replace(path, path.with_suffix(".previous"))
         os.replace(temporary, path)
-    except OSError as e:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
-            f"--resume {shlex.quote(str(path.parent))}"
-        ) from e
 
 
 def save_checkpoint(run_dir, carry, facts):
-    """Everything that training changes, with a checksum; the one before stays beside it."""
+    """Everything that training changes, and facts of the run, with a checksum."""
     tree = flax.serialization.to_state_dict(jax.device_get(carry))
     body = flax.serialization.msgpack_serialize({"facts": json.dumps(facts), "carry": tree})
-    content = MAGIC + hashlib.sha256(body).digest() + body
-    write_file(run_dir / "checkpoint.msgpack", content, keep_previous=True)
+    write_file(run_dir / "checkpoint.msgpack", MAGIC + hashlib.sha256(body).digest() + body)
 
 
 def load_checkpoint(run_dir):
     """Newest intact checkpoint of a run -> (nested dict of arrays, facts)."""
     newest = Path(run_dir) / "checkpoint.msgpack"
-    for path in (newest, newest.with_suffix(".previous")):
-        if not path.is_file():
-            continue
+    for path in filter(Path.is_file, (newest, newest.with_suffix(".previous"))):
         content = path.read_bytes()
         digest, body = content[len(MAGIC) :][:32], content[len(MAGIC) + 32 :]
         if content.startswith(MAGIC) and hashlib.sha256(body).digest() == digest:
             stored = flax.serialization.msgpack_restore(body)
             return stored["carry"], json.loads(stored["facts"])
         print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
-    raise UserError(
-        f"no intact checkpoint in {run_dir}; if it is a run stopped before its first, start anew"
-    )
+    raise UserError(f"no intact checkpoint in {run_dir}; start a new run if there was none yet")
 
 
 def restore(template, tree, run_dir):
-    """Put a loaded checkpoint into the structure, shapes and device layout of `template`.
+    """Put a loaded checkpoint into the structure and device layout of `template`. A replay's ring
+    may have become longer, for more online steps (it then has not wrapped yet), and stays as long
+    as it was for fewer."""
 
-    A replay's ring may have become longer, for more online steps (it then has not wrapped yet), and
-    it stays as long as it was for fewer.
-    """
+    def put(path, new, old):
+        if "['replay']['rows']" in (name := jax.tree_util.keystr(path)):
+            old = np.pad(old, {1: (0, max(0, new.shape[1] - old.shape[1]))})
+        elif (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise ValueError(f"{name} is {old.dtype} {old.shape}, not {new.dtype} {new.shape}")
+        return jax.device_put(old, new.sharding)
 
-    def lengthen(ring, longer):
-        missing = max(0, longer.shape[1] - ring.shape[1])
-        return np.pad(ring, [(0, 0), (0, missing), *[(0, 0)] * (ring.ndim - 2)])
-
-    layout = jax.tree.map(lambda x: x.sharding, template)
     try:
-        if "replay" in tree and "replay" in template:
-            rows = jax.tree.map(lengthen, tree["replay"]["rows"], template["replay"]["rows"])
-            tree["replay"]["rows"] = rows
-            template = template | {"replay": template["replay"] | {"rows": rows}}
-        loaded = flax.serialization.from_state_dict(template, tree)
-        fits = jax.tree.map(
-            lambda a, b: a.shape == b.shape and a.dtype == b.dtype, template, loaded
-        )
-        if not all(jax.tree.leaves(fits)):
-            raise ValueError("shapes differ")
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-        raise UserError(f"the checkpoint in {run_dir} does not fit its args.json: {e}") from e
-    return jax.tree.map(jax.device_put, loaded, layout)
+        target = flax.serialization.to_state_dict(template)
+        tree = jax.tree_util.tree_map_with_path(put, target, tree)
+    except (ValueError, AttributeError) as e:
+        why = str(e).splitlines()[0][:200]
+        raise UserError(f"the checkpoint in {run_dir} does not fit its args.json: {why}") from e
+    return flax.serialization.from_state_dict(template, tree)
 
 
 def start_states(args, obs_dim, act_dim, mean, std):
     """Fresh states of all seeds on the device(s)."""
     seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
-    init = jax.vmap(lambda s, m, d: init_state(args, obs_dim, act_dim, m, d, s), (0, None, None))
-    return place(jax.jit(init)(seeds, mean, std), args.num_seeds)
+    init = jax.vmap(functools.partial(init_state, args, obs_dim, act_dim), (None, None, 0))
+    return place(jax.jit(init)(mean, std, seeds), args.num_seeds)
 
 
 def resume(carry, phases, args):
-    """--resume: (the carry of the run's last checkpoint, its step); else the one given and 0."""
+    """--resume: (the carry of the run's last checkpoint, its facts); else the carry given, none."""
     if not args.resume:
-        return carry, 0
+        return carry, {}
     tree, facts = load_checkpoint(args.resume)
     step, end = facts["step"], phases[-1].end
     if step > end or (step == end and (Path(args.resume) / "result.json").exists()):
-        raise UserError(
-            f"{args.resume} is complete at step {step:,}: give more steps or --evaluate"
-        )
+        raise UserError(f"{args.resume} is complete at step {step:,}: add steps or use --evaluate")
     phase = next(p for p in phases if step <= p.end)  # in which the checkpoint was made
     carry = restore(phase.enter(carry), tree, args.resume)
-    return (phase.restart(carry) if phase.restart else carry), step
+    return (phase.restart(carry) if phase.restart else carry), facts
 
 
 def read_args(run_dir, argv, default):
     """Arguments of an earlier run, plus the flags given now; refuses what may not change."""
     path = Path(run_dir) / "args.json"
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run directory: it has no args.json")
+    if not run_dir or not path.is_file():
+        raise UserError(f"'{run_dir}' is not a run directory: it has no args.json")
     try:
         stored = json.loads(path.read_text())
-        known = {f.name: stored["args"][f.name] for f in dataclasses.fields(default)}
-        algo = stored["algo"]
+        algo, known = stored["algo"], {name: stored["args"][name] for name in vars(default)}
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged or of another version ({e}); start a new run") from e
     if algo != ALGO:
         raise UserError(f"{run_dir} is a run of {algo}.py; use that script")
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-    before = dataclasses.replace(default, **known)
-    args = tyro.cli(type(default), args=argv, default=before)
-    for name, new in vars(args).items():
-        old = getattr(before, name)
-        free = name in FREE_ON_RESUME and not (name == "offline_steps" and before.online_steps)
-        free = free or (name in FREE_ALSO and not before.online_steps)
-        free = free or (args.evaluate and name in ("env_backend", *EVALUATION_FLAGS))
-        if old != new and not free:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} was {old} in {run_dir} and cannot change; start a new run")
+    args = tyro.cli(type(default), args=argv, default=type(default)(**known))
+    free = {"resume", "evaluate", *FREE}
+    free |= set() if known.get("online_steps") else {"offline_steps", *FREE_ALSO}
+    free |= {"env_backend", *EVALUATION_FLAGS} if args.evaluate else set()
+    for name, old in known.items():
+        if getattr(args, name) != old and name not in free:
+            name = f"--{name.replace('_', '-')}"
+            raise UserError(f"{name} was {old} in {run_dir} and cannot change; start a new run")
     return args
 
 
 class Run:
-    """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json; and
-    what the training loop asks between dispatches."""
+    """A run directory (args.json, metrics.csv, TensorBoard events, checkpoint, result.json), and
+    what the training loop does between dispatches."""
 
-    def __init__(self, args, task, source, data, policies, step=0):
-        self.args, self.task, self.step, self.saved = args, task, step, step
+    dir = None  # of the run that this process works on; `command_line` names it
+
+    def __init__(self, args, task, source, data, policies, progress):
+        vars(self).update(PROGRESS | progress)
+        self.args, self.task, self.saved, self.signal = args, task, self.step, None
         self.seeds = [args.seed + i for i in range(args.num_seeds)]
-        self.evals, self.csv, self.columns, self.wandb = [], None, None, None
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
-        self.train_seconds, self.updates_per_s, self.stop = 0.0, 0.0, StopSignal()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.stop)
         packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "ogbench", "mujoco")
-        commit, git = "", ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        if shutil.which("git"):
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        git = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
         checksum = None  # of data from a file, which may be another one when the run is resumed
         if data is not None and "in this script" not in source:
-            names = ("observations", "actions", "rewards")
-            checksum = functools.reduce(
-                lambda crc, k: zlib.crc32(np.ascontiguousarray(data[k]), crc), names, 0
-            )
+            for name in ("observations", "actions", "rewards"):
+                checksum = zlib.crc32(np.ascontiguousarray(data[name]), checksum or 0)
         self.facts = dict(
             algo=ALGO, task=task.name, dataset_source=source, dataset_crc32=checksum,
-            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}", commit=commit or None,
-            versions={p: importlib.metadata.version(p) for p in packages},
-            args=dataclasses.asdict(args),
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            commit=(git or "").strip() or None,
+            versions={p: importlib.metadata.version(p) for p in packages}, args=vars(args),
         )  # fmt: skip
-        self.resume() if args.resume else self.create()
-        self.write_json("args.json", self.facts)
-        self.header(data)
-
-    def create(self):
-        args, stamp = self.args, time.strftime("%Y%m%d-%H%M%S")
-        name = self.task.name.removesuffix("-v0").replace("/", "-")
-        self.dir = Path(args.out_dir) / f"{name}__{ALGO}__{args.seed}__{stamp}"
-        try:
-            while self.dir.exists():
-                self.dir = self.dir.with_name(self.dir.name + "x")
-            self.dir.mkdir(parents=True)
-        except (OSError, ValueError) as e:
-            reason = getattr(e, "strerror", None) or e
-            raise UserError(f"cannot create {self.dir}: {reason}; choose --out-dir") from e
-        self.lock()
-
-    def resume(self):
-        """Keep what args.json says of the start; drop the metrics after the checkpoint."""
-        self.dir = Path(self.args.resume)
-        self.lock()
-        before = json.loads((self.dir / "args.json").read_text())
-        if before.get("dataset_crc32") != self.facts["dataset_crc32"]:
-            raise UserError(
-                f"{self.dir} was started on other data ({before.get('dataset_source')}): put that "
-                f"file back, or start a new run"
-            )
-        now = {k: self.facts[k] for k in ("commit", "device", "versions")} | {"step": self.step}
-        resumes = [*before.get("resumes", []), now]
-        self.facts = before | {"args": self.facts["args"], "resumes": resumes}
-        self.cut_metrics()
-
-    def lock(self):
-        """Two processes must not write one run."""
-        self.lock_file = open(self.dir / ".lock", "w")
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise UserError(f"{self.dir} is in use by another process; wait for it to end") from e
-
-    def write_json(self, name, content):
-        write_file(self.dir / name, (json.dumps(content, indent=2) + "\n").encode())
-
-    def cut_metrics(self):
-        """On resume, drop the rows after the checkpoint: they will be written again."""
-        path = self.dir / "metrics.csv"
-        if not path.is_file() or not path.stat().st_size:
-            return
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [r for r in reader if None not in r.values() and int(r["step"]) <= self.step]
-            self.columns = reader.fieldnames
-        lines = [self.columns, *[r.values() for r in rows]]
-        write_file(path, "".join(",".join(line) + "\n" for line in lines).encode())
-        headline = f"eval/{self.metrics[0]}"
-        evals = [float(r[headline]) for r in rows if r[headline]]
-        self.evals = np.reshape(evals, (-1, len(self.seeds))).tolist()
-        self.train_seconds = float(rows[-1]["time/train_seconds"]) if rows else 0.0
-
-    def header(self, data):
-        """Show what is about to run: the data, the machine and the resolved arguments."""
-        facts, args = self.facts, self.facts["args"]
-        print(f"{ALGO} on {facts['task']}, {facts['device']}, run directory {self.dir}")
+        self.open()
+        print(f"{ALGO} on {task.name}, {self.facts['device']}, run directory {self.dir}")
         if data is not None:
             rows, episodes = len(data["rewards"]), int(data["terminals"].sum())
-            print(
-                f"dataset: {facts['dataset_source']}, {rows:,} transitions, {episodes:,} episodes, "
-                f"{(data['masks'] == 0).mean():.2%} of the rows at the goal"
-            )
-        fields = "  ".join(f"{k}={v}" for k, v in args.items() if v is not None)
+            goal = f"{(data['masks'] == 0).mean():.2%} of the rows at the goal"
+            print(f"dataset: {source}, {rows:,} transitions, {episodes:,} episodes, {goal}")
+        fields = "  ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None)
         print(textwrap.fill(fields, 100, initial_indent="  ", subsequent_indent="  "), flush=True)
 
-    def begin(self, phase):
-        """A phase starts, or goes on after a resume."""
-        self.phase, self.quiet = phase, not sys.stderr.isatty()
-        self.bar = tqdm(
-            total=phase.end, initial=self.step, desc=phase.name, unit="step", disable=self.quiet
-        )
-        self.rate, self.log_seconds = 8.0, 0.0
-        self.compiled, self.said, self.before = (
-            phase.advance.seconds,
-            time.perf_counter(),
-            self.step,
-        )
+    def open(self):
+        """Make the directory, or go on in that of --resume: args.json keeps what it says of the
+        start, metrics.csv what was there at the checkpoint."""
+        args, now, path = self.args, self.facts, Path(self.args.resume or self.args.out_dir)
+        if not args.resume:
+            name = f"{self.task.name.removesuffix('-v0').replace('/', '-')}__{ALGO}__{args.seed}"
+            path /= f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
+            while path.exists():
+                path = path.with_name(path.name + "x")
+            path.mkdir(parents=True)
+        Run.dir, self.lock_file = path, open(path / ".lock", "w")
+        fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process writes a run
+        if args.resume:
+            before = json.loads((path / "args.json").read_text())
+            was = before.get("dataset_source")
+            if before.get("dataset_crc32") != now["dataset_crc32"]:
+                raise UserError(f"{path} was started on other data ({was}): put it back")
+            new = {k: now[k] for k in ("commit", "device", "versions")} | {"step": self.step}
+            self.facts = before | dict(args=now["args"], resumes=[*before.get("resumes", []), new])
+        write_file(path / "args.json", self.facts)
+        self.csv = open(path / "metrics.csv", "a", newline="")
+        size = min(self.csv.tell(), self.csv_bytes)  # less where the file was emptied
+        self.csv.seek(self.csv.truncate(size))
 
-    def iterations(self):
-        """How many the next dispatch makes: about a second's, up to the next thing that is due."""
-        target = min([self.phase.end] + [(self.step // m + 1) * m for m in self.intervals()])
-        return max(1, min(-(-(target - self.step) // self.phase.stride), int(self.rate)))
+        from tensorboard.summary import Writer
 
-    def intervals(self):
-        return self.args.log_interval, self.args.eval_interval, self.args.checkpoint_interval
+        self.writers, self.wandb = [Writer(str(path / f"tb_seed{s}")) for s in self.seeds], None
+        if args.wandb_project:
+            import wandb
 
-    def note(self, n, sums, seconds):
-        """A dispatch of n iterations is done: time, bar or line; stop if the training diverged."""
-        phase = self.phase
-        compiling, self.compiled = phase.advance.seconds - self.compiled, phase.advance.seconds
-        if compiling:
+            names = dict(project=args.wandb_project, id=path.name)
+            self.wandb = wandb.init(**names, config=self.facts, resume="allow")
+
+    def stop(self, number, frame):
+        """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        print("\nstopping soon; once more to stop at once", file=sys.stderr, flush=True)
+
+    def dispatch(self, carry):
+        """Iterations of about a second, up to the next thing that is due -> (carry, whether to log,
+        to evaluate, to save). Stops if the training diverged."""
+        phase, args, before = self.phase, self.args, self.step
+        due = (args.log_interval, args.eval_interval, args.checkpoint_interval)
+        due = [min(phase.end, (before // interval + 1) * interval) for interval in due]
+        n = max(1, min(-(-(min(due) - before) // phase.stride), int(self.rate)))
+        start, compiled = time.perf_counter(), phase.advance.seconds
+        carry = phase.advance(carry, n)
+        sums = jax.device_get(carry["sums"])
+        if compiling := phase.advance.seconds - compiled:
             tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
-        seconds -= compiling
-        self.before, self.step, self.rate = self.step, self.step + n * phase.stride, n / seconds
-        self.train_seconds, self.log_seconds = (
-            self.train_seconds + seconds,
-            self.log_seconds + seconds,
-        )
-        self.bar.update(self.step - self.before)
-        if self.quiet and time.perf_counter() - self.said > 10:  # no terminal: lines, not a bar
+        seconds = time.perf_counter() - start - compiling
+        self.step, self.rate = before + n * phase.stride, n / seconds
+        self.train_seconds += seconds
+        self.log_seconds += seconds
+        self.bar.update(self.step - before)
+        if self.bar.disable and time.perf_counter() - self.said > 10:  # no terminal: lines
             self.said, speed = time.perf_counter(), self.rate * phase.stride
             eta = (phase.end - self.step) / speed
             print(f"{phase.name} {self.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
-        broken = [k for k, v in sums["train"].items() if not np.isfinite(v).all()]
-        if broken:
-            rates = [k for k in vars(self.args) if k.endswith(("_lr", "learning_rate"))]
+        if broken := [k for k, v in sums.items() if "train/" in k and not np.isfinite(v).all()]:
+            rates = [k.replace("_", "-") for k in vars(args) if k.endswith(("_lr", "ing_rate"))]
             raise UserError(
                 f"training diverged before step {self.step:,}: {', '.join(broken)} not finite; "
-                f"step {self.saved:,} is the last good one in {self.dir}; try a lower "
-                + " or ".join("--" + rate.replace("_", "-") for rate in rates)
+                f"step {self.saved:,} is the last good one in {self.dir}; "
+                f"try a lower --{' or --'.join(rates)}"
             )
+        return carry, *(self.step >= step for step in due)
 
-    def due(self):
-        """Whether to log, to evaluate, to save."""
-        over = self.step >= self.phase.end
-        return [over or self.step // m > self.before // m for m in self.intervals()]
-
-    def averages(self, sums, carry):
-        """Metrics since the last log, one value per seed; what nothing is known of is NaN."""
-        count, episodes = np.asarray(sums["count"]), np.asarray(sums["episodes"])
+    def log(self, carry, results):
+        """A CSV row and TensorBoard point per seed: means since the last log, and the evaluation's
+        `results`, if there are. What nothing is known of is NaN here, and left out."""
         mean = lambda total, n: np.where(n > 0, total / np.maximum(n, 1), np.nan)
-        self.updates_per_s = float(count.flat[0] / self.log_seconds)
-        values = {f"train/{k}": mean(v, count) for k, v in sums["train"].items()}
-        values |= {f"online/{k}": mean(sums[k], episodes) for k in ("return", "success")}
-        if "recent" in carry:  # the last episodes' returns, as many as there were
-            recent = np.asarray(carry["recent"])
-            values["charts/episodic_return"] = mean(
-                np.nansum(recent, axis=1), (~np.isnan(recent)).sum(axis=1)
-            )
-        values["time/updates_per_s"] = self.updates_per_s
-        values["time/train_seconds"] = self.train_seconds
-        values["time/compile_s"], self.log_seconds = self.phase.advance.seconds, 0.0
-        return values | {f"eval/{k}": np.nan for k in self.metrics}
-
-    def note_evaluation(self, results):
-        self.evals.append(results[self.metrics[0]].mean(axis=1).tolist())
-        tqdm.write(f"{self.phase.name} step {self.step:>9,}  {summary(results)}")
-        return {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
-
-    def log(self, values):
-        """One CSV row and TensorBoard point per seed; values are (num_seeds,) or scalars."""
-        try:
-            if self.csv is None:
-                self.open_logs(values)
-            table = csv.DictWriter(self.csv, self.columns, extrasaction="ignore")
-            if self.csv.tell() == 0:
-                table.writeheader()
-            for i, seed in enumerate(self.seeds):
-                row = {k: float(np.broadcast_to(v, len(self.seeds))[i]) for k, v in values.items()}
-                row = {k: v for k, v in row.items() if not np.isnan(v)}  # nothing to report yet
-                table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
-                for name, value in row.items():
-                    self.writers[i].add_scalar(name, value, self.step)
-                if self.wandb:
-                    self.wandb.log({f"{k}/seed{seed}": v for k, v in row.items()}, self.step)
-            self.csv.flush()
-        except OSError as e:
-            raise UserError(
-                f"cannot write metrics: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
-                f"--resume {self.quoted}"
-            ) from e
-
-    def open_logs(self, values):
-        from tensorboard.summary import Writer
-
-        names = ["step", "phase", "seed", *values]  # online runs know of more, later
-        names += [] if "charts/episodic_return" in values else ["charts/episodic_return"]
-        self.columns = self.columns or names
-        self.csv = open(self.dir / "metrics.csv", "a", newline="")
-        self.writers = [Writer(str(self.dir / f"tb_seed{s}")) for s in self.seeds]
-        if project := self.args.wandb_project:
-            import wandb
-
-            name = self.dir.name
-            self.wandb = wandb.init(project=project, id=name, config=self.facts, resume="allow")
-
-    @property
-    def quoted(self):
-        return shlex.quote(str(self.dir))
+        sums, seeds = jax.device_get(carry["sums"]), len(self.seeds)
+        values = {name: mean(*pairs.T) for name, pairs in sums.items()}
+        returns = np.asarray(carry.get("recent", np.full((seeds, 1), np.nan)))
+        values["charts/episodic_return"] = mean(np.nansum(returns, 1), (~np.isnan(returns)).sum(1))
+        updates = max(pairs[0, 1] for name, pairs in sums.items() if "train/" in name)
+        self.updates_per_s, self.log_seconds = float(updates / self.log_seconds), 0.0
+        values |= {f"time/{k}": getattr(self, k) for k in ("updates_per_s", "train_seconds")}
+        values["time/compile_s"] = self.phase.advance.seconds
+        values |= {f"eval/{k}": results[k].mean(1) if results else np.nan for k in self.metrics}
+        if results:
+            self.evals = [*self.evals, values[f"eval/{self.metrics[0]}"].tolist()]
+            tqdm.write(f"{self.phase.name} step {self.step:>9,}  {summary(results)}")
+        table = csv.DictWriter(self.csv, ["step", "phase", "seed", *values])
+        if self.csv.tell() == 0:
+            table.writeheader()
+        for i, seed in enumerate(self.seeds):
+            row = {k: float(np.broadcast_to(v, seeds)[i]) for k, v in values.items()}
+            row = {k: v for k, v in row.items() if not np.isnan(v)}
+            table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
+            for name, value in row.items():
+                self.writers[i].add_scalar(name, value, self.step)
+            if self.wandb:
+                self.wandb.log({f"{k}/seed{seed}": v for k, v in row.items()}, self.step)
+        self.csv.flush()
+        return carry | {"sums": place(jax.tree.map(np.zeros_like, sums), seeds)}
 
     def save(self, carry):
-        save_checkpoint(self.dir, carry, dict(step=self.step))
-        self.saved = self.step
-
-    def leave(self):
-        """Ctrl-C or a signal: all is saved."""
-        self.bar.close()
-        print(f"stopped; --resume {self.quoted} continues at {self.saved:,}", file=sys.stderr)
-        raise SystemExit(128 + self.stop.number)
-
-    def end_phase(self, nets, state):
-        self.bar.close()
-        if draw := self.task.parts.get("after_phase"):
-            script = sys.modules[__name__]
-            ask(draw, self.dir, self.phase.name, script, nets, self.args, state)
+        self.saved, self.csv_bytes = self.step, self.csv.tell()
+        save_checkpoint(self.dir, carry, {k: getattr(self, k) for k in PROGRESS})
 
     def finish(self, results):
         """Write result.json and print the same figures as the last line."""
-        last_three = float(np.mean(self.evals[-3:]))
-        facts = {k: self.facts[k] for k in ("dataset_source", "device", "commit")}
+        last_three, source = float(np.mean(self.evals[-3:])), self.facts["dataset_source"]
         result = {f"eval/{k}": float(v.mean()) for k, v in results.items()}
-        result |= {f"eval/{self.metrics[0]}_last_three": last_three, "steps": self.step, **facts}
+        result |= {f"eval/{self.metrics[0]}_last_three": last_three, "steps": self.step}
+        result |= {k: self.facts[k] for k in ("dataset_source", "device", "commit")}
         result |= {"train_seconds": self.train_seconds, "updates_per_s": self.updates_per_s}
         result |= {"seeds": self.seeds, "episodes": {k: v.tolist() for k, v in results.items()}}
-        self.write_json("result.json", result)
-        print(
-            f"done: {summary(results)}  last three evaluations {last_three:.2f}  "
-            f"steps {self.step:,}  train_seconds {self.train_seconds:.0f}  updates_per_s "
-            f"{self.updates_per_s:.1f}  dataset {facts['dataset_source']}  in {self.dir}"
-        )
-
-
-class StopSignal:
-    """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
-
-    def __init__(self):
-        self.number = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self)
-
-    def __call__(self, number, frame):
-        if self.number is not None:
-            os._exit(128 + number)
-        self.number = number
-        print("\nstopping soon; once more to stop at once", file=sys.stderr, flush=True)
+        write_file(self.dir / "result.json", result)
+        speed = f"train_seconds {self.train_seconds:.0f}  updates_per_s {self.updates_per_s:.1f}"
+        print(f"done: {summary(results)}  last three evaluations {last_three:.2f}  steps "
+              f"{self.step:,}  {speed}  dataset {source}  in {self.dir}")  # fmt: skip
 
 
 class Phase(NamedTuple):
@@ -2190,22 +2048,19 @@ class Phase(NamedTuple):
 def check_numbers(args, unbounded=(), zero=()):
     """Counts are at least 1 (steps, seed and those in `zero`: 0), other numbers at least 0, gamma
     and tau at most 1."""
+    zero, last = ("seed", "offline_steps", "online_steps", *zero), 2**31 - args.num_seeds
     for name, value in vars(args).items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or name in unbounded:
-            continue
-        may_be_0 = ("seed", "offline_steps", "online_steps", *zero)
-        low = 0 if isinstance(value, float) or name in may_be_0 else 1
-        high = {"gamma": 1, "tau": 1, "seed": 2**31 - 1}.get(name, np.inf)
-        if not low <= value <= high:
-            bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
-    if args.seed + args.num_seeds > 2**31:
-        raise UserError("--seed plus --num-seeds must stay below 2^31")
+        if type(value) in (int, float) and name not in unbounded:
+            low = int(type(value) is int and name not in zero)
+            high = {"gamma": 1, "tau": 1, "seed": last}.get(name, np.inf)
+            if not low <= value <= high:
+                bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
+                raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
 
 
 def fill(args, **values):
-    """Set those of `values` that no flag has set."""
-    unset = {k: v for k, v in values.items() if getattr(args, k) is None}
+    """Set those of `values` that this script has flags for and no flag has set."""
+    unset = {k: v for k, v in values.items() if getattr(args, k, v) is None}
     return dataclasses.replace(args, **unset)
 
 
@@ -2216,34 +2071,32 @@ def task_table(task, defaults):
     return defaults | TASK_DEFAULTS[family] | own.get("", {}) | own.get(ALGO, {})
 
 
-def own_flags(table):
-    """The part of a table that this script has flags for."""
-    return {k: v for k, v in table.items() if k in Args.__dataclass_fields__}
-
-
 def command_line(main, args_type, argv=None):
     """Parse the flags, call `main(args)`; what the user can mend is one sentence, exit code 2."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress too
+    Run.dir = None
     try:
         args = tyro.cli(args_type, args=argv)
-        if "" in (args.resume, args.evaluate):
-            raise UserError("--resume and --evaluate need the directory of a run, but got ''")
-        if args.resume or args.evaluate:
-            args = read_args(args.resume or args.evaluate, argv, args_type())
+        for run_dir in (args.resume, args.evaluate):
+            args = args if run_dir is None else read_args(run_dir, argv, args_type())
         main(args)
+        return 0
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        error, code = e, 2
+    except OSError as e:
+        then = REMEDY.get(e.errno, "mend that") + f", then --resume {shlex.quote(str(Run.dir))}"
+        then = then if Run.dir else "mend that, or choose --out-dir"
+        error, code = f"cannot use {e.filename or Run.dir}: {e.strerror or e}; {then}", 2
     except (jax.errors.JaxRuntimeError, MemoryError) as e:
         if not any(word in str(e) for word in ("RESOURCE_EXHAUSTED", "ut of memory")):
             raise
-        print(f"error: out of memory; fewer --num-seeds, smaller networks, --batch-size or "
-              f"--buffer-size ({str(e).splitlines()[0][:150]})", file=sys.stderr)  # fmt: skip
-        return 2
+        rows = "--batch-size, --buffer-size" if hasattr(args, "buffer_size") else "--batch-size"
+        reason = str(e).splitlines()[0][:150]
+        error, code = f"out of memory; lower --num-seeds, {rows} or network sizes ({reason})", 2
     except KeyboardInterrupt:
-        print("\ninterrupted before training began; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+        error, code = "interrupted before training began; nothing was written", 130
+    print(f"error: {error}", file=sys.stderr)
+    return code
 
 
 # ==== end shared: runs ====
@@ -2264,7 +2117,7 @@ def resolve(args, task):
     if (args.prior, args.student) == ("gaussian", "deterministic"):
         online_alpha = table.get("fql_online_alpha", table["fql_alpha"])
         table["alpha"] = online_alpha if args.online_steps else table["fql_alpha"]
-    args = fill(args, **own_flags(table))
+    args = fill(args, **table)
     hidden = args.hidden_dims
     args = fill(args, online_alpha=args.alpha, critic_hidden_dims=hidden, actor_hidden_dims=hidden)
     check_numbers(args, unbounded=("log_std_min", "log_std_max", "target_entropy"))

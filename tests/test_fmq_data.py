@@ -270,17 +270,18 @@ def test_chunks_run_open_loop_and_end_with_the_episode(fmq, monkeypatch, host):
         np.testing.assert_array_equal(rows["next_obs"][seed, :, 0], next_obs)
         np.testing.assert_array_equal(rows["terminals"][seed], ends)
         np.testing.assert_array_equal(rows["masks"][seed], 1)  # time limits bootstrap
-    np.testing.assert_array_equal(carry["sums"]["episodes"], [STEPS // LIMIT] * 2)
-    np.testing.assert_array_equal(carry["sums"]["return"], [-28 * (STEPS // LIMIT)] * 2)
+    ended = STEPS // LIMIT
+    np.testing.assert_array_equal(carry["sums"]["online/return"], [[-28 * ended, ended]] * 2)
     assert history == [0, 0, 5, 10, 15, 20, 25, 30]  # none before step 10, then one per step
-    np.testing.assert_array_equal(carry["sums"]["count"], [30, 30])
+    np.testing.assert_array_equal(carry["sums"]["train/fmq_loss"][:, 1], [30, 30])
     # the frozen actor is the one that the phase began with; the one in training has moved on
     same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
     assert same(carry["state"].offline_actor, before["state"].params["actor"])
     assert not same(carry["state"].params["critic"], before["state"].params["critic"])
     assert carry["state"].pessimistic.all() and not before["state"].pessimistic.any()
     names = "critic_loss q td_target diagonal_loss consistency_loss fmq_loss radius disagreement"
-    assert set(before["sums"]["train"]) == {*names.split(), "drift", "grad_norm"}
+    names = {f"train/{name}" for name in (*names.split(), "drift", "grad_norm")}
+    assert set(before["sums"]) == names | {"online/return", "online/success"}
 
 
 def test_a_flag_decides_how_critics_are_joined_online(fmq):

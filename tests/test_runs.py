@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, load_script
+from helpers import assert_same_end
 
 SCRIPT = ROOT / "algos" / "gsflow.py"
 TINY = "--hidden-dims 8 8 --prior-hidden-dims 8 --batch-size 16 --num-candidates 2 --flow-steps 2"
@@ -113,10 +114,7 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path, backend):
     kills = int(os.environ.get("CLEANFLOW_KILLS", 2))
     assert kill_and_resume(flags, tmp_path / "killed", kills, random.Random(0)) >= 1
     run = only_run(tmp_path / "killed")
-    same = (run / "checkpoint.msgpack").read_bytes() == (
-        reference / "checkpoint.msgpack"
-    ).read_bytes()
-    assert same, "the resumed run ended elsewhere"
+    assert_same_end(load_script(SCRIPT), run, reference)
     assert columns_without_time(run) == columns_without_time(reference)
 
 
@@ -290,16 +288,21 @@ def test_damaged_checkpoints_are_noticed(reference, tmp_path, capsys):
     assert_same_tree(before, after)
 
 
-def test_disk_full_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    gsflow = load_script(SCRIPT)
+def test_disk_full_leaves_the_checkpoint_before(gsflow, tmp_path, monkeypatch, capsys):
+    """The sentence names the remedy and the run, also of a failure that no file is known of."""
     gsflow.save_checkpoint(tmp_path, {"x": np.arange(3)}, {"step": 1})
+
+    def main(args):
+        gsflow.Run.dir = tmp_path
+        gsflow.save_checkpoint(tmp_path, {"x": np.arange(4)}, {"step": 2})
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(gsflow.UserError, match="No space left on device; free some space"):
-        gsflow.save_checkpoint(tmp_path, {"x": np.arange(4)}, {"step": 2})
+    assert gsflow.command_line(main, gsflow.Args, []) == 2
+    reason = "No space left on device; free some space, then --resume"
+    assert capsys.readouterr().err == f"error: cannot use {tmp_path}: {reason} {tmp_path}\n"
     tree, facts = gsflow.load_checkpoint(tmp_path)
     assert facts["step"] == 1 and len(tree["x"]) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.msgpack"]
@@ -341,9 +344,10 @@ BAD_FLAGS = {
     "toy on host": ("--env-id multi-crescent --env-backend host", "has no host environment"),
     "resume nothing": ("--resume nowhere", "not a run directory"),
     "evaluate nothing": ("--evaluate nowhere", "not a run directory"),
-    "empty resume": ("--resume=", "need the directory of a run"),
+    "empty resume": ("--resume=", "'' is not a run directory"),
+    "empty evaluate": ("--evaluate=", "'' is not a run directory"),
     "big seed": ("--seed 3000000000", "--seed is 3000000000, but must be between"),
-    "last seed": ("--seed 2147483647 --num-seeds 2", "must stay below 2^31"),
+    "last seed": ("--seed 2147483647 --num-seeds 2", "must be between 0 and 2147483646"),
     "no task file": ("--env-id nowhere.py:x", "cannot load nowhere.py"),
     "no data file": ("--dataset nowhere.npz", "cannot read nowhere.npz"),
     "gymnasium without data": ("--env-id Hopper-v5", "give --dataset FILE.npz"),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 from gymnasium.experimental.functional import FuncEnv
+from helpers import assert_same_end
 from test_sac_flow_policies import step_gradients
 
 SCRIPT = ROOT / "algos" / "sac_flow.py"
@@ -221,7 +222,7 @@ def test_ends_of_episodes(sac, counting_envs, backend, num_envs):
         carry = phase.enter(carry)
         carry = phase.advance(carry, (phase.end - phase.start) // phase.stride)
         if phase.name == "warm-up":
-            assert np.isnan(carry["recent"]).all() and (carry["sums"]["episodes"] == 0).all()
+            assert np.isnan(carry["recent"]).all() and (carry["sums"]["online/return"] == 0).all()
             assert (carry["state"].step == 0).all()
             carry = jax.tree.map(jnp.copy, carry)
     assert (carry["state"].step == 112).all()
@@ -229,8 +230,7 @@ def test_ends_of_episodes(sac, counting_envs, backend, num_envs):
     rows, done = check_rows(stored, 112, num_envs)
     lengths = rows["obs"][:, 0] + 1
     returns = np.where(done, lengths * (lengths + 1) / 2, 0)
-    assert carry["sums"]["episodes"][0] == done.sum()
-    assert carry["sums"]["return"][0] == returns.sum()
+    np.testing.assert_array_equal(carry["sums"]["online/return"][0], [returns.sum(), done.sum()])
     recent = np.asarray(carry["recent"])[0]
     newest = returns.reshape(-1, num_envs)[::-1].ravel()
     newest = newest[newest > 0]
@@ -287,7 +287,7 @@ def test_no_update_before_the_first_rows(sac, counting_envs, monkeypatch, delay)
     assert [(p.start, p.end, p.stride) for p in phases] == [(0, block, 4), (block, 60, block)]
     for phase in phases:
         carry = phase.advance(phase.enter(carry), (phase.end - phase.start) // phase.stride)
-    assert carry["sums"]["count"] == 60 - block and carry["sums"]["train"]["empty"] == 0
+    np.testing.assert_array_equal(carry["sums"]["train/empty"], [[0, 60 - block]])
 
 
 def test_a_block_equals_step_after_step(sac):
@@ -332,7 +332,7 @@ def test_chunks_are_played_open_loop_and_end_with_the_episode(
     env = FunctionalCounter() if backend == "jax" else None
     nets = sac.make_networks(args, 1)
     carry = dict(state=sac.start_states(args, 1, 1, jnp.zeros(1), jnp.ones(1)))
-    carry["sums"] = jax.vmap(lambda s: sac.add_sums(None, {}, 0))(carry["state"].seed)
+    carry["sums"] = sac.zero_sums(lambda carry: carry, carry)
     decided = {}
 
     def fake(state, obs, time):  # the step of the decision, and k
@@ -409,7 +409,7 @@ def interrupt_at(sac, run_dir, flags, steps, monkeypatch):
             raise Stop
 
     monkeypatch.setattr(sac, "save_checkpoint", save_and_stop)
-    monkeypatch.setattr(sac, "StopSignal", lambda: type("Never", (), {"number": None})())
+    monkeypatch.setattr(sac.signal, "signal", lambda *_: None)
     argv = [*map(str, flags), "--out-dir", str(run_dir)]
     for _ in range(len(steps)):
         with pytest.raises(Stop):
@@ -427,8 +427,7 @@ def whole_and_parts(sac, directory, flags, steps, monkeypatch):
             interrupt_at(sac, directory / name, flags, stops, patch)
         runs.append(only_run(directory / name))
     whole, parts = runs
-    saved = [(run / "checkpoint.msgpack").read_bytes() for run in runs]
-    assert saved[0] == saved[1]
+    assert_same_end(sac, *runs)
     assert metrics(whole) == metrics(parts)
     return whole, parts
 
@@ -465,7 +464,7 @@ def check_a_finished_run(sac, run):
 def test_episodic_return_is_the_mean_of_the_last_episodes(sac):
     """Newest first, NaN where there was none yet."""
     carry = dict(replay=sac.make_replay(30, 1, 1), recent=jnp.full(20, jnp.nan))
-    carry["sums"], play = sac.add_sums(None, {}, 0), sac.Play(None, None)
+    carry["sums"], play = {}, sac.Play(None, None)
     rng, history = np.random.default_rng(0), []
     for _ in range(12):
         done, returns = rng.random(3) < 0.7, rng.normal(size=3).astype(np.float32)
@@ -523,7 +522,7 @@ def test_bad_flags(sac, tmp_path, capsys, monkeypatch, name):
 
 
 def test_advice_after_divergence_names_flags_of_this_script(sac, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sac, "StopSignal", lambda: SimpleNamespace(number=None))
+    monkeypatch.setattr(sac.signal, "signal", lambda *_: None)
     flags = [*PENDULUM_RUN, "--policy", "gaussian", "--critic-lr", "1e38", "--out-dir", tmp_path]
     assert sac.command_line(sac.main, sac.Args, [*map(str, flags)]) == 2
     err = capsys.readouterr().err
