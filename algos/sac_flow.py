@@ -946,7 +946,7 @@ def train(args, task):
         raw, source = load_dataset(task, args)
         if args.sparse:
             raw["rewards"] = -(raw["rewards"] != 0).astype(np.float32)
-        data = place(chunk_data(raw), args.num_seeds, copy=True)
+        data = place(device_rows(raw), args.num_seeds, copy=True)
         mean, std = observation_scale(data, args)
     nets = make_networks(args, sizes[1])
     phases = make_phases(task, env, data, nets, args, sizes)
@@ -1015,16 +1015,18 @@ import difflib
 import errno
 import fcntl
 import hashlib
+import http.client
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import textwrap
+import urllib.request
 import zlib
 from types import MappingProxyType
 
@@ -1038,16 +1040,15 @@ class UserError(Exception):
 
 
 # ==== shared: tasks ====
-OGBENCH = {  # family: (variants, dataset types, default first; default task)
-    "pointmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch"), 1),
-    "antmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch", "explore"), 1),
-    "humanoidmaze": (("medium", "large", "giant"), ("navigate", "stitch"), 1),
-    "antsoccer": (("arena", "medium"), ("navigate", "stitch"), 4),
-    "cube": (("single", "double", "triple", "quadruple"), ("play", "noisy"), 2),
-    "scene": (("",), ("play", "noisy"), 2),
-    "puzzle": (("3x3", "4x4", "4x5", "4x6"), ("play", "noisy"), 4),
-}
-PUZZLE_DEFAULT_TASK = {"puzzle-4x5": 2, "puzzle-4x6": 2}
+OGBENCH = (  # names, dataset types (default first), default task
+    ("pointmaze-medium pointmaze-large pointmaze-giant pointmaze-teleport", "navigate stitch", 1),
+    ("antmaze-medium antmaze-large antmaze-giant antmaze-teleport", "navigate stitch explore", 1),
+    ("humanoidmaze-medium humanoidmaze-large humanoidmaze-giant", "navigate stitch", 1),
+    ("antsoccer-arena antsoccer-medium", "navigate stitch", 4),
+    ("cube-single cube-double cube-triple cube-quadruple scene", "play noisy", 2),
+    ("puzzle-3x3 puzzle-4x4", "play noisy", 4),
+    ("puzzle-4x5 puzzle-4x6", "play noisy", 2),
+)
 TASK_FILES = ("d4rl", "robomimic", "multi-crescent", "energy-toy")  # those of the repository
 
 
@@ -1063,87 +1064,75 @@ class Task(NamedTuple):
     source: tuple = ()  # of a task file: (path, name, dataset_dir)
     parts: Any = MappingProxyType({})  # what that file's make_task says
 
-    @property
-    def official(self):
-        """Whether there is an environment for gymnasium.vector."""
-        return bool(self.gym_id or "make_env" in self.parts)
+
+def need(condition, text):
+    """Where a condition does not hold, stop with one sentence."""
+    if not condition:
+        raise UserError(text)
+
+
+def ask(function, *inputs, failing=""):
+    """Call a function; what it raises for the user becomes one sentence."""
+    try:
+        return function(*inputs)
+    except (ValueError, OSError, ImportError, SyntaxError, gymnasium.error.Error) as e:
+        raise UserError(failing + " ".join(str(e).split())) from e
+
+
+def repository_file(name, otherwise):
+    """A file of benchmark/, which a script that was copied elsewhere does not have."""
+    path = Path(__file__).resolve().parent.parent / "benchmark" / name
+    need(path.is_file(), f"{otherwise} benchmark/{name} of the CleanFlow repository")
+    return path
 
 
 def parse_task(env_id, dataset_dir="~/.ogbench/data"):
     """OGBench single-task id or short name, Gymnasium id, or FILE.py:NAME -> Task."""
     suite, _, name = env_id.partition("/")
-    path, _, file_name = env_id.rpartition(":")
     if suite in TASK_FILES:
-        short = f"{suite.replace('-', '_')}.py"
-        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / short
-        if not path.is_file():
-            raise UserError(
-                f"{env_id} needs benchmark/tasks/{short} of the CleanFlow repository: copy that "
-                f"file and give --env-id {short}:{name or env_id}"
-            )
-        return load_task(env_id, path, name or env_id, dataset_dir)
+        file, name = f"{suite.replace('-', '_')}.py", name or env_id
+        path = repository_file(f"tasks/{file}", f"give --env-id {file}:{name} with a copy of")
+        return load_task(env_id, path, name, dataset_dir)
+    path, _, name = env_id.rpartition(":")
     if path.endswith(".py"):
-        return load_task(f"{Path(path).stem}/{file_name}", Path(path), file_name, dataset_dir)
+        return load_task(f"{Path(path).stem}/{name}", Path(path), name, dataset_dir)
     tasks = {}
-    for family, (variants, kinds, default) in OGBENCH.items():
-        for base in (f"{family}-{v}" if v else family for v in variants):
-            for kind in kinds:
-                for i in (0, 1, 2, 3, 4, 5):
-                    index = i or PUZZLE_DEFAULT_TASK.get(base, default)
-                    name = f"{base}-{kind}-singletask-task{index}-v0"
-                    gym_id = f"{base}-singletask-task{index}-v0"
-                    task = Task(name, base, gym_id, f"{base}-{kind}-v0", index)
-                    suffix = f"-task{i}" if i else ""
-                    tasks[f"{base}-{kind}-singletask{suffix}-v0"] = task
-                    tasks[f"{base}-{kind}{suffix}"] = task
-                    if kind == kinds[0]:
-                        tasks[f"{base}{suffix}"] = task
+    for names, kinds, default in OGBENCH:
+        for base, kind, i in itertools.product(names.split(), kinds.split(), range(6)):
+            one, suffix = f"singletask-task{i or default}-v0", f"-task{i}" if i else ""
+            task = f"{base}-{kind}-{one}", base, f"{base}-{one}", f"{base}-{kind}-v0", i or default
+            for name in (f"-{kind}-singletask{suffix}-v0", f"-{kind}{suffix}", suffix):
+                tasks.setdefault(base + name, Task(*task))
     if env_id in tasks:
         return tasks[env_id]
     if env_id in gymnasium.registry or env_id in JAX_ENVS:
         return Task(env_id, env_id, "" if env_id in JAX_ENVS else env_id, success=False)
-    names = [*tasks, *JAX_ENVS, *gymnasium.registry]
-    close = difflib.get_close_matches(env_id, names, n=3, cutoff=0.3)
-    raise UserError(f"unknown task '{env_id}'; close matches: {', '.join(close) or 'none'}")
+    known = [*tasks, *JAX_ENVS, *gymnasium.registry]
+    close = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0.3))
+    raise UserError(f"unknown task '{env_id}'; close matches: {close or 'none'}")
 
 
 def load_file(path):
     """Import a Python file by its path; its own imports must be installed packages."""
-    try:
-        spec = importlib.util.spec_from_file_location(f"cleanflow_{Path(path).stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    except (OSError, ImportError, SyntaxError) as e:
-        raise UserError(f"cannot load {path}: {e}") from e
+    spec = importlib.util.spec_from_file_location(f"cleanflow_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    ask(spec.loader.exec_module, module, failing=f"cannot load {path}: ")
     return module
-
-
-def ask(function, *inputs):
-    """Call a function of a task file; what it raises for the user becomes one sentence."""
-    try:
-        return function(*inputs)
-    except (ValueError, OSError, ImportError) as e:
-        raise UserError(" ".join(str(e).split())) from e
 
 
 def load_task(task_name, path, name, dataset_dir):
     """make_task(name, dataset_dir) of a task file -> Task; see README for what it returns."""
     make_task = getattr(load_file(path), "make_task", None)
-    if make_task is None:
-        raise UserError(f"{path} has no function make_task(name, dataset_dir); see README")
+    need(make_task, f"{path} has no function make_task(name, dataset_dir); see README")
     parts = ask(make_task, name, dataset_dir)
-    if not isinstance(parts, dict) or not {"env", "make_env"} & set(parts):
-        raise UserError(f"make_task of {path} must return a dict with 'env' or 'make_env'")
+    right = isinstance(parts, dict) and {"env", "make_env"} & set(parts)
+    need(right, f"make_task of {path} must return a dict with 'env' or 'make_env'")
     known = ("env", "make_env", "data", "success", "score", "defaults", "critic", "after_phase")
-    if unknown := sorted(set(parts) - set(known)):
-        raise UserError(f"make_task of {path} returns '{unknown[0]}', but may return {known}")
-    lacks = [m for m in ("initial", "transition", "max_episode_steps") if "env" in parts
-             and not hasattr(parts["env"], m)]  # fmt: skip
-    if lacks:
-        raise UserError(f"the environment 'env' of {path} lacks '{lacks[0]}'; see README")
-    source = (str(Path(path).resolve()), name, dataset_dir)
-    success = parts.get("success", True)
+    other = [key for key in parts if key not in known]
+    need(not other, f"make_task of {path} returns {other}, but may return {known}")
+    for part in ("initial", "transition", "max_episode_steps") * ("env" in parts):
+        need(hasattr(parts["env"], part), f"the 'env' of {path} lacks '{part}'; see README")
+    success, source = parts.get("success", True), (path.resolve(), name, dataset_dir)
     return Task(task_name, task_name, success=success, source=source, parts=parts)
 
 
@@ -1151,19 +1140,15 @@ def make_jax_env(task, args):
     """The task's environment as pure functions, or None where only the official one exists."""
     maze, backend = task.base.removeprefix("pointmaze-"), args.env_backend
     if backend == "mjx" and task.gym_id:
-        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / "mjx.py"
-        if not path.is_file():
-            raise UserError(f"--env-backend mjx needs {path.name} of the CleanFlow repository")
+        path = repository_file("tasks/mjx.py", "--env-backend mjx needs")
         return ask(load_file(path).make_env, task.gym_id, args.success_timing)
-    if backend in ("auto", "jax") and task.parts.get("env"):
-        return task.parts["env"]
-    if backend in ("auto", "jax") and task.base in JAX_ENVS:
-        return JAX_ENVS[task.base]()
-    if backend in ("auto", "jax") and task.base != maze and maze in MAZES:
-        return PointMaze(maze, task.index, args.success_timing)
-    if backend in ("jax", "mjx") or not task.official:
-        raise UserError(f"{task.name} has no {backend} environment; drop --env-backend")
-    return None
+    if backend in ("auto", "jax"):
+        if task.parts.get("env") or task.base in JAX_ENVS:
+            return task.parts.get("env") or JAX_ENVS[task.base]()
+        if task.base != maze and maze in MAZES:
+            return PointMaze(maze, task.index, args.success_timing)
+    official = backend in ("auto", "host") and (task.gym_id or "make_env" in task.parts)
+    need(official, f"{task.name} has no {backend} environment; drop --env-backend")
 
 
 # ==== end shared: tasks ====
@@ -1565,88 +1550,64 @@ def evaluate_only(args, task):
 # ==== shared: data ====
 AUTO_COLLECT = 200_000  # transitions collected when a download fails
 ACTION_LIMIT = 1 - 1e-5  # dataset actions are kept just inside the box
+RANKS = dict(terminals=1, observations=2, actions=2, next_observations=2, rewards=1, masks=1)
 
 
 def load_dataset(task, args):
-    """Transitions of a task -> (dict of arrays, source).
+    """Transitions of a task -> (dict of float32 arrays, source).
 
     Keys: observations, next_observations (N, D), actions (N, A), rewards, masks (0 after success),
     terminals (1 at an episode's last row), each (N,). From --dataset, from the task file, or from
     `dataset_dir`: an official or a collected file, else a download, else data collected here.
     """
     if args.dataset:
-        raw, source = read_file(Path(args.dataset).expanduser()), f"own ({Path(args.dataset).name})"
-        if "rewards" not in raw and not task.dataset:
-            raise UserError(f"{args.dataset}: no 'rewards' in it")
+        path = Path(args.dataset).expanduser()
+        data, source = read_file(path), f"own ({path.name})"
     elif "data" in task.parts:
-        raw, source = ask(task.parts["data"])
-    elif task.dataset:
-        raw, source = ogbench_file(task, Path(args.dataset_dir).expanduser())
+        data, source = ask(task.parts["data"])
     else:
-        raise UserError(f"{task.name} comes without data: give --dataset FILE.npz")
-    data = transitions(raw) if "next_observations" not in raw else dict(raw)
-    maze = task.base.removeprefix("pointmaze-")
-    if task.base != maze and maze in MAZES:
-        env = PointMaze(maze, task.index)
-    else:
-        env = task.parts.get("env") or make_host_env(task, args.success_timing)
-    if "rewards" not in raw:
-        relabel(task, env, data)
-    data = {k: np.asarray(v, np.float32) for k, v in data.items()}
-    boxed = np.isfinite(env.action_space.high).all()
-    check_transitions(data, args.dataset or source, boxed)
-    sizes = env.observation_space.shape[0], env.action_space.shape[0]
-    if sizes != (data["observations"].shape[1], data["actions"].shape[1]):
-        raise UserError(
-            f"the dataset belongs to another environment: {task.name} has observations and actions "
-            f"of {sizes[0]} and {sizes[1]} entries; put the right {task.dataset}.npz in place"
-        )
+        need(task.dataset, f"{task.name} comes without data: give --dataset FILE.npz")
+        data, source = ogbench_data(task, Path(args.dataset_dir).expanduser())
+    what = f"mend or replace {args.dataset or f'the data of {task.name} ({source})'}"
+    env = make_jax_env(task, dataclasses.replace(args, env_backend="auto"))
+    env = env or ask(make_host_env, task, args.success_timing)
+    if "rewards" not in data:
+        relabel(task, env, data, what)
+    check(data, what, *RANKS)
+    obs, actions = env.observation_space.shape, env.action_space.shape
+    found = [np.shape(data[k])[1:] for k in ("observations", "next_observations", "actions")]
+    text = f"it belongs to another environment, {task.name} has shapes {obs} and {actions}"
+    need(found == [obs, obs, actions], f"{what}: {text}")
+    inside = np.isinf(env.action_space.high).any() or np.abs(data["actions"]).max() <= 1 + 1e-5
+    need(inside, f"{what}: it has actions outside [-1, 1]")
+    longest = np.diff(np.flatnonzero(data["terminals"]), prepend=-1).max(initial=0)
+    for flag in ("n-step", "horizon", "horizon-length"):
+        enough = longest >= (getattr(args, flag.replace("-", "_"), None) or 1)
+        need(enough, f"{what}: its longest episode has {longest} rows, too few for --{flag}")
     if hasattr(env, "close"):
         env.close()
-    return data, source
+    return {k: np.asarray(data[k], np.float32) for k in RANKS}, source
 
 
-def ogbench_file(task, directory):
-    """Raw arrays of an OGBench dataset -> (dict, source)."""
-    official = directory / f"{task.dataset}.npz"
-    collected = directory / f"{task.dataset}.collected.npz"
+def ogbench_data(task, directory):
+    """Transitions of an OGBench dataset -> (dict, source)."""
+    official, other = (directory / f"{task.dataset}{kind}.npz" for kind in ("", ".collected"))
     maze = task.base.removeprefix("pointmaze-")
-    if not official.exists() and not collected.exists():
+    if not official.exists() and not other.exists():
         if task.base != maze and maze in MAZES:  # quicker than any download
             kind = task.dataset.removeprefix(f"{task.base}-").removesuffix("-v0")
-            data = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
-            return data, f"collected ({AUTO_COLLECT:,} transitions, in this script)"
-        if not download(task.dataset, directory):
-            collect(task.dataset, directory)
+            raw = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
+            source = f"collected ({AUTO_COLLECT:,} transitions, in this script)"
+            return transitions(raw, task.name), source
+        if not download(official):
+            collect(official)
     if official.exists():
         return read_file(official), "official"
-    return read_file(collected), f"collected ({collected.name})"
-
-
-def transitions(raw):
-    """Rows with their successors; an episode's last row has none and is dropped."""
-    keep = np.flatnonzero(~raw["terminals"].astype(bool))
-    data = {k: v[keep] for k, v in raw.items() if len(v) == len(raw["terminals"])}
-    data["next_observations"] = raw["observations"][keep + 1]
-    data["terminals"] = raw["terminals"][keep + 1]
-    return data
-
-
-def relabel(task, env, data):
-    """Rewards and masks of the task, from the simulator's positions, as OGBench computes them."""
-    if isinstance(env, PointMaze):  # the same, without its simulator
-        distance = np.linalg.norm(data["qpos"] - env.goal_xy, axis=-1)
-        data["masks"] = (distance > env.goal_tol).astype(np.float32)
-        data["rewards"] = -data["masks"]
-    else:
-        from ogbench.relabel_utils import relabel_dataset
-
-        relabel_dataset(task.gym_id, env, data)
+    return read_file(other), f"collected ({other.name})"
 
 
 def read_file(path):
-    """Read and check a dataset, FILE.npz or FILE.hdf5: observations (N, D), actions (N, A),
-    terminals (N,) in OGBench's layout, or transitions, with rewards, masks, next_observations."""
+    """Transitions of a dataset, FILE.npz or FILE.hdf5."""
     try:
         if path.suffix in (".hdf5", ".h5"):
             import h5py
@@ -1656,84 +1617,103 @@ def read_file(path):
         else:
             with np.load(path) as file:
                 raw = {k: file[k] for k in file.files if k != "metadata"}
-    except ImportError as e:
-        raise UserError(f"reading {path} needs h5py: pip install h5py") from e
     except Exception as e:
-        raise UserError(f"cannot read {path} ({e}); delete it and start again") from e
-
-    def bad(what):
-        raise UserError(f"{path}: {what}; delete the file and download or collect it again")
-
-    if "next_observations" in raw and "masks" not in raw and "terminals" in raw:  # D4RL's names
-        raw["masks"] = 1.0 - raw["terminals"].astype(np.float32)
-        raw["terminals"] = np.maximum(raw["terminals"], raw.get("timeouts", 0)).astype(np.float32)
-        raw["terminals"][-1:] = 1
-    needed = [("terminals", 1), ("observations", 2), ("actions", 2)]
-    needed += [("qpos", 2)] * ("rewards" not in raw) + [("rewards", 1)] * ("rewards" in raw)
-    for key, _ in needed:
-        if key not in raw:
-            bad(f"no '{key}' in it")
-    for key, ndim in needed:
-        if raw[key].ndim != ndim or len(raw[key]) != len(raw["terminals"]) or len(raw[key]) < 2:
-            bad(f"'{key}' has shape {raw[key].shape}")
-        if (
-            raw[key].dtype.kind not in ("f" if ndim == 2 else "fb")
-            or not np.isfinite(raw[key]).all()
-        ):
-            bad(f"'{key}' is not floating point, or holds NaN or infinity")
-    if not raw["terminals"][-1]:
-        bad("the last row does not end an episode, so the file looks cut short")
-    if raw["terminals"].all():
-        bad("every row ends an episode")
-    return raw
+        raise UserError(f"cannot read {path}: {e}; pip install what lacks, or replace it") from e
+    return transitions(raw, f"mend or replace {path}")
 
 
-def check_transitions(data, source, boxed):
-    """Refuse what would train into nonsense: shapes, NaN, magnitudes."""
-    keys = ("observations", "actions", "rewards", "masks", "terminals", "next_observations")
-    rows = len(data.get("observations", ()))
+def transitions(raw, what):
+    """Check and complete what a file holds: transitions, D4RL's names for them, or OGBench's rows,
+    of which an episode's last one has no successor and is dropped."""
+    check(raw, what, "terminals", "observations", "actions", *(RANKS.keys() & raw))
+    ends = raw["terminals"].astype(np.float32)
+    if "next_observations" in raw and "masks" not in raw:
+        raw = raw | dict(masks=1 - ends)
+        ends = np.append(np.maximum(ends, raw.get("timeouts", 0))[:-1], 1)
+    need(ends[-1], f"{what}: the last row does not end an episode, so it looks cut short")
+    need(not ends.all(), f"{what}: every row ends an episode")
+    if "next_observations" in raw:
+        return raw | dict(terminals=ends)
+    keep = np.flatnonzero(ends == 0)
+    data = {k: v[keep] for k, v in raw.items() if np.shape(v)[:1] == ends.shape}
+    return data | dict(terminals=ends[keep + 1], next_observations=raw["observations"][keep + 1])
+
+
+def check(data, what, *keys):
+    """Refuse what would train into nonsense: missing keys, wrong shapes, types, magnitudes."""
     for key in keys:
-        if key not in data or len(data[key]) != rows or rows < 2:
-            raise UserError(f"the data ({source}) hold no '{key}', or not one for each row")
-        if not (np.abs(data[key]) < 1e6).all():
-            raise UserError(f"the data ({source}): '{key}' holds NaN or numbers beyond a million")
-    if boxed and np.abs(data["actions"]).max() > 1 + 1e-5:
-        raise UserError(f"the data ({source}) hold actions outside [-1, 1]")
+        need(key in data, f"{what}: no '{key}' in it")
+        x, rank = np.asarray(data[key]), RANKS.get(key, 2)
+        right = x.ndim == rank and len(x) == len(data["terminals"]) > 1
+        need(right, f"{what}: '{key}' has shape {x.shape}")
+        right = x.dtype.kind in ("f" if rank == 2 else "fb") and np.isfinite(x).all()
+        need(right, f"{what}: '{key}' is not floating point, or holds NaN or infinity")
+        need(np.abs(x).max() < 1e6, f"{what}: '{key}' holds numbers beyond a million")
 
 
-def download(dataset, directory):
-    """Fetch an official dataset with OGBench's own downloader -> whether it worked."""
-    import ogbench
+def relabel(task, env, data, what):
+    """Add rewards and masks of the task, from the simulator's positions, as OGBench does."""
+    check(data, what, "qpos" if task.dataset else "rewards")
+    size = 2 if isinstance(env, PointMaze) else env.unwrapped.model.nq
+    need(data["qpos"].shape[1] == size, f"{what}: 'qpos' must have {size} numbers a row")
+    buttons = "button_states" in data or not task.base.startswith(("scene", "puzzle"))
+    need(buttons, f"{what}: no 'button_states' in it")
+    if isinstance(env, PointMaze):  # the same, without its simulator
+        distance = np.linalg.norm(data["qpos"] - env.goal_xy, axis=-1)
+        data["masks"] = (distance > env.goal_tol).astype(np.float32)
+        data["rewards"] = -data["masks"]
+    else:
+        from ogbench.relabel_utils import relabel_dataset
 
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)
+        ask(relabel_dataset, task.gym_id, env, data)
+
+
+def download(file):
+    """Fetch an official dataset -> whether it worked. The file appears when all of it is here."""
+    from ogbench.utils import DATASET_URL
+
+    part = file.with_suffix(".part")
     try:
-        ogbench.download_datasets([dataset], directory)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab") as out:
+            fcntl.flock(out, fcntl.LOCK_EX)  # another process may be at it: wait for it
+            if not file.exists():
+                out.truncate(0)
+                with urllib.request.urlopen(f"{DATASET_URL}/{file.name}", timeout=10) as answer:
+                    bar = tqdm.wrapattr(out, "write", total=answer.length, desc=file.name)
+                    with bar as watched:
+                        shutil.copyfileobj(answer, watched)
+                if answer.length:
+                    raise OSError("the connection was cut")
+                out.flush()
+                part.replace(file)
         return True
-    except OSError as e:  # urllib's errors are among them
-        print(f"download of {dataset} failed: {e}", flush=True)
+    except (OSError, http.client.HTTPException) as e:  # urllib's errors are among the first
+        print(f"download of {file.name} failed: {e}")
         return False
     finally:
-        socket.setdefaulttimeout(timeout)
+        part.unlink(missing_ok=True)
 
 
-def collect(dataset, directory):
-    """Collect a stand-in dataset with benchmark/collect.py, where the script has it beside it."""
-    tool = Path(__file__).resolve().parent.parent / "benchmark" / "collect.py"
-    if not tool.exists():
-        raise UserError(
-            f"no dataset {dataset} in {directory} and no download: put {dataset}.npz there, or "
-            f"make one with benchmark/collect.py of the CleanFlow repository"
-        )
+def collect(file):
+    """Collect a stand-in for an official dataset, where the script has benchmark/ beside it."""
+    where = f"no dataset {file.stem} in {file.parent} and no download"
+    tool = repository_file("collect.py", f"{where}: put {file.name} there, or make one with")
     print(
-        f"NOTICE: collecting {AUTO_COLLECT:,} transitions with {tool.name} instead (a small set, "
-        f"so that this run starts soon); results are labelled 'collected' and do not compare with "
-        f"published ones. For a full-size set: python {tool} {dataset}",
-        flush=True,
+        f"NOTICE: collecting {AUTO_COLLECT:,} transitions instead, a small set whose results are "
+        f"'collected' and no published ones. For the full size: python {tool} {file.stem}"
     )
-    command = [sys.executable, str(tool), dataset, "--num-transitions", str(AUTO_COLLECT)]
-    if subprocess.run([*command, "--dataset-dir", str(directory)]).returncode:
-        raise UserError(f"collecting {dataset} failed; see the message above")
+    command = [sys.executable, tool, file.stem, "--num-transitions", str(AUTO_COLLECT)]
+    failed = subprocess.run([*command, "--dataset-dir", file.parent]).returncode
+    need(not failed, f"collecting {file.stem} failed; see the message above")
+
+
+def device_rows(data):
+    """Put a dataset on the device, row by row."""
+    names = dict(obs="observations", next_obs="next_observations", actions="actions")
+    names |= {k: k for k in ("rewards", "masks", "terminals")}
+    rows = {k: jnp.asarray(data[name], jnp.float32) for k, name in names.items()}
+    return rows | dict(actions=jnp.clip(rows["actions"], -ACTION_LIMIT, ACTION_LIMIT))
 
 
 def observation_scale(data, args):
@@ -1747,63 +1727,47 @@ def observation_scale(data, args):
 
 
 # ==== shared: chunks ====
-def chunk_data(data):
-    """Put a dataset on the device, row by row, for windows of consecutive rows."""
-    names = dict(obs="observations", next_obs="next_observations", actions="actions")
-    names |= {k: k for k in ("rewards", "masks", "terminals")}
-    rows = {k: jnp.asarray(data[name], jnp.float32) for k, name in names.items()}
-    return rows | dict(actions=jnp.clip(rows["actions"], -ACTION_LIMIT, ACTION_LIMIT))
-
-
-def sample_chunks(
-    key, data, replay, batch_size, horizon, gamma, pool=None, added=None, limit=None, stride=1
-):
+def sample_chunks(key, data, replay, batch_size, horizon, gamma, pool=None, limit=None, stride=1):
     """Windows of `horizon` rows H, i.i.d. and uniform over all starts in dataset and ring.
 
     No window joins the two or crosses the ring's pointer. `pool`: size of the first-in first-out
-    pool in which dataset rows leave first (None: they stay). Of the ring only the `limit` newest
-    of the first `added` rows ever written count (None: all), and rows of one environment lie
-    `stride` apart. `data` or `replay` may be None.
+    pool in which dataset rows leave first (None: they stay). Of the ring the `limit` newest rows
+    count (None: all); rows of one environment lie `stride` apart. `data` or `replay` may be None.
 
     Returns obs (B, D), actions (B, H * A) in order of time, returns (B,) = sum gamma^k r_k,
     discounts (B,) = gamma^H min_k mask_k, next_obs behind the last row, and valid (B, H): 1 up to
     the first end of an episode and 0 behind it.
     """
-    num_data = 0 if data is None else data["rewards"].shape[0]
+    num_data = 0 if data is None else len(data["rewards"])
     num_online, dropped, steps = 0, 0, jnp.arange(horizon)
     if replay is not None:
-        ring, capacity = replay["rows"], replay["rows"]["rewards"].shape[0]
-        added = replay["added"] if added is None else added
-        num_online = jnp.minimum(added, capacity if limit is None else limit)
+        added, capacity = replay["added"], len(replay["rows"]["rewards"])
+        num_online = jnp.minimum(added, limit or capacity)
         if pool is not None:
             dropped = jnp.clip(num_data + added - max(pool, num_data + 1), 0, num_data)
-    num_offline_starts = jnp.maximum(num_data - dropped - (horizon - 1), 0)
-    num_online_starts = jnp.maximum(num_online - (horizon - 1) * stride, 0)
-    draw = jax.random.randint(key, (batch_size,), 0, num_offline_starts + num_online_starts)
+    old_starts = jnp.maximum(num_data - dropped - (horizon - 1), 0)
+    new_starts = jnp.maximum(num_online - (horizon - 1) * stride, 0)
+    draw = jax.random.randint(key, (batch_size,), 0, old_starts + new_starts)
 
     def windows(rows, index):  # index (B, H)
         inner = {k: rows[k][index] for k in ("actions", "rewards", "masks", "terminals")}
-        return dict(obs=rows["obs"][index[:, 0]], next_obs=rows["next_obs"][index[:, -1]], **inner)
+        return inner | dict(obs=rows["obs"][index[:, 0]], next_obs=rows["next_obs"][index[:, -1]])
 
     parts = []
     if data is not None:
         start = jnp.minimum(dropped + draw, num_data - horizon)
         parts.append(windows(data, start[:, None] + steps))
     if replay is not None:
-        start = added - num_online + draw - num_offline_starts  # counted from the first row ever
-        parts.append(windows(ring, (start[:, None] + steps * stride) % capacity))
-    offline = draw < num_offline_starts
-    pick = lambda *x: jnp.where(offline.reshape(-1, *[1] * (x[0].ndim - 1)), x[0], x[-1])
+        start = added - num_online + draw - old_starts  # counted from the first row ever
+        parts.append(windows(replay["rows"], (start[:, None] + steps * stride) % capacity))
+    old = draw < old_starts
+    pick = lambda *x: jnp.where(old.reshape(-1, *[1] * (x[0].ndim - 1)), x[0], x[-1])
     rows = jax.tree.map(pick, *parts)
-    ended = jnp.cumsum(rows["terminals"], axis=1) - rows["terminals"]  # before row k
-    return dict(
-        obs=rows["obs"],
-        actions=rows["actions"].reshape(batch_size, -1),
-        returns=(gamma**steps * rows["rewards"]).sum(axis=1),
-        discounts=gamma**horizon * rows["masks"].min(axis=1),
-        next_obs=rows["next_obs"],
-        valid=(ended == 0).astype(jnp.float32),
-    )
+    before = jnp.cumsum(rows["terminals"], axis=1) - rows["terminals"]  # ends before row k
+    batch = dict(obs=rows["obs"], actions=rows["actions"].reshape(batch_size, -1))
+    batch |= dict(returns=(gamma**steps * rows["rewards"]).sum(axis=1), next_obs=rows["next_obs"])
+    batch |= dict(discounts=gamma**horizon * rows["masks"].min(axis=1))
+    return batch | dict(valid=(before == 0).astype(jnp.float32))
 
 
 # ==== end shared: chunks ====
@@ -1823,22 +1787,21 @@ def sample(key, replay, batch_size, gamma, limit):
 # ==== shared: replay ====
 def make_replay(capacity, obs_dim, act_dim):
     """Empty ring of online rows; `added` counts all rows ever written."""
-    shapes = dict(obs=(obs_dim,), next_obs=(obs_dim,), actions=(act_dim,))
-    shapes |= dict(rewards=(), masks=(), terminals=())
-    rows = {k: jnp.zeros((capacity, *shape)) for k, shape in shapes.items()}
+    sizes = dict(obs=obs_dim, next_obs=obs_dim, actions=act_dim)
+    rows = {k: jnp.zeros((capacity, size)) for k, size in sizes.items()}
+    rows |= {k: jnp.zeros(capacity) for k in ("rewards", "masks", "terminals")}
     return dict(rows=rows, added=jnp.zeros((), jnp.int32))
 
 
 def insert(replay, new_rows):
     """Write E rows (dict of (E, ...)) at the ring's pointer; the capacity is a multiple of E."""
-    num_rows = new_rows["rewards"].shape[0]
-    start = replay["added"] % replay["rows"]["rewards"].shape[0]
+    start = replay["added"] % len(replay["rows"]["rewards"])
 
     def write(ring, new):
         return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), start, axis=0)
 
     rows = jax.tree.map(write, replay["rows"], new_rows)
-    return dict(rows=rows, added=replay["added"] + num_rows)
+    return dict(rows=rows, added=replay["added"] + len(new_rows["rewards"]))
 
 
 # ==== end shared: replay ====

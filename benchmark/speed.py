@@ -200,7 +200,7 @@ def fmq_case(flags, num_rows, objective="offline"):
 
     return Case(
         script, args, sizes,
-        data=script.chunk_data(random_rows(num_rows, *sizes)),
+        data=script.device_rows(random_rows(num_rows, *sizes)),
         step=lambda carry, data: {"state": learn(carry, data)["state"]},
         update=lambda state, b, key: update(state, b[0], key)[0],
         gather=lambda rows, index: gather_windows(rows, index, args.horizon, args.gamma),
@@ -241,7 +241,7 @@ def sac_flow_case(flags, num_rows):
 
     return Case(
         script, args, sizes,
-        data=script.chunk_data(random_rows(num_rows, *sizes)),
+        data=script.device_rows(random_rows(num_rows, *sizes)),
         step=lambda carry, data: {"state": learn(carry, data, beta)["state"]},
         update=update,
         gather=lambda rows, index: gather_windows(rows, index, args.horizon_length, args.gamma),

@@ -47,7 +47,7 @@ def zero_critic_loss(fmq, batch):
 
 
 def test_window_over_an_episode_end(fmq):  # D1
-    data = fmq.chunk_data(make_raw([0, 0, 1, 0, 0], [-1.0] * 5))
+    data = fmq.device_rows(make_raw([0, 0, 1, 0, 0], [-1.0] * 5))
     batch = draw(fmq, data)
     np.testing.assert_array_equal(batch["valid"], [[1, 1, 1, 0, 0]] * 64)
     assert zero_critic_loss(fmq, batch) == 0
@@ -55,7 +55,7 @@ def test_window_over_an_episode_end(fmq):  # D1
 
 def test_window_that_ends_at_success(fmq):  # D1
     raw = make_raw([0, 0, 0, 0, 1], [-1.0] * 4 + [0.0], [1, 1, 1, 1, 0])
-    batch = draw(fmq, fmq.chunk_data(raw))
+    batch = draw(fmq, fmq.device_rows(raw))
     np.testing.assert_array_equal(batch["valid"], np.ones((64, 5)))
     np.testing.assert_allclose(batch["returns"], -3.940399, atol=1e-6)
     np.testing.assert_array_equal(batch["discounts"], 0)
@@ -63,7 +63,7 @@ def test_window_that_ends_at_success(fmq):  # D1
 
 
 def test_endless_cost(fmq):  # D2
-    batch = draw(fmq, fmq.chunk_data(make_raw([0] * 7, [-1.0] * 7)))
+    batch = draw(fmq, fmq.device_rows(make_raw([0] * 7, [-1.0] * 7)))
     np.testing.assert_allclose(batch["returns"], -4.90099501, atol=1e-5)
     np.testing.assert_allclose(batch["discounts"], 0.95099005, atol=1e-6)
     np.testing.assert_allclose(batch["returns"] + batch["discounts"] * -100, -100, atol=1e-4)
@@ -77,7 +77,7 @@ def test_starts_are_those_of_a_first_in_first_out_ring(fmq, pool):  # D3
     """At every fill level: uniform over the live rows but the last H - 1 of each block, and no
     window with rows that were not written one after another."""
     num_data, capacity, block = 23, 20, 5
-    data = fmq.chunk_data(make_raw([0] * num_data, [0.0] * num_data))
+    data = fmq.device_rows(make_raw([0] * num_data, [0.0] * num_data))
     replay = fmq.make_replay(capacity, 1, 1)
     insert = jax.jit(fmq.insert)
     live = list(range(-num_data, 0))  # row numbers; the dataset's are negative

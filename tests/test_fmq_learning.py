@@ -138,7 +138,7 @@ def learn_probe(fmq, raw, steps, objective="offline"):
 def go_on(fmq, state, raw, steps, objective):
     """The state of two seeds after so many updates on the rows."""
     program = learner(fmq, objective)[2]
-    program.inputs = (fmq.chunk_data(raw),)
+    program.inputs = (fmq.device_rows(raw),)
     sums = fmq.zero_sums(program.step, {"state": state}, *program.inputs)
     return program(dict(state=state, sums=sums), steps)["state"]
 

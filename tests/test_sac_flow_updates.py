@@ -289,7 +289,7 @@ def rows_of(rewards, terminals, masks):
 )
 def test_chunk_masks(sac, terminals, masks, valid, discount):
     """h = 4, gamma = 0.5, rewards 1, 2, 4, 8: R = 4; the critic weighs by the last valid."""
-    data = sac.chunk_data(rows_of([1, 2, 4, 8], terminals, masks))
+    data = sac.device_rows(rows_of([1, 2, 4, 8], terminals, masks))
     batch = sac.sample_chunks(jax.random.key(0), data, None, 2, 4, 0.5)
     assert (np.asarray(batch["returns"]) == 4).all()
     assert (np.asarray(batch["discounts"]) == discount).all()
@@ -338,7 +338,7 @@ def test_ring_seam(sac, monkeypatch):
 
 
 def test_no_window_joins_dataset_and_ring(sac, monkeypatch):
-    data = sac.chunk_data(rows_of(np.arange(6), np.zeros(6), np.ones(6)))
+    data = sac.device_rows(rows_of(np.arange(6), np.zeros(6), np.ones(6)))
     data["actions"] = -1 - data["obs"]  # dataset rows are -1, -2, ...
     windows = all_windows(sac, data, ring(sac, 8, 5), 3, 4 + 3, monkeypatch)
     assert ((windows < 0).all(axis=1) | (windows >= 0).all(axis=1)).all()
@@ -384,7 +384,7 @@ def test_an_update_sees_no_row_newer_than_its_step(sac, monkeypatch, num_envs, u
     assert windows[updates:] == windows[:updates]  # with a dataset too
     monkeypatch.undo()
     oldest = expected[0] - 20
-    seen = all_windows(sac, None, replay, 1, 20, monkeypatch, added=expected[0], limit=20)
+    seen = all_windows(sac, None, replay | {"added": expected[0]}, 1, 20, monkeypatch, limit=20)
     assert sorted(seen[:, 0].tolist()) == list(range(oldest, expected[0]))  # still in the ring
 
 
@@ -394,7 +394,7 @@ def test_two_seeds_equal_two_single_runs(sac, env_id):
     """Three updates under vmap against each seed alone."""
     params = {}
     raw = rows_of(np.arange(30) / 30, np.zeros(30), np.ones(30))
-    data = sac.chunk_data({k: np.repeat(v, 3, 1) if v.ndim > 1 else v for k, v in raw.items()})
+    data = sac.device_rows({k: np.repeat(v, 3, 1) if v.ndim > 1 else v for k, v in raw.items()})
     for seed, number in ((0, 2), (0, 1), (1, 1)):
         args = make_args(sac, env_id, seed=seed, num_seeds=number, target_entropy=0.0)
         nets = sac.make_networks(args, 3)
