@@ -28,34 +28,30 @@ flow time 0, action at 1, sg = stop-gradient, R(e) = mean of valid * e^2 over th
 One update is one Adam step on the sum of actor and critic loss.  Online: H environment steps, then
 H updates.  The actions of a chunk run open loop; when an episode ends, the rest is dropped.
 
-Deviations from the released code (and, where marked P, from the paper)
+Deviations from the released code
   1. eta / (1 + beta delta) as in the paper: the code leaves eta out of its adaptive radius (the
-     default eta = 1 makes both the same).  Without --adaptive-eta eta is 0.5, as there.
-  2. Settings are those of the code's YAML files, not of its Python defaults.
-  3. QGBS completes with X_{t',1} (Algorithm 2); the code's Euler step: --qgbs-completion diagonal.
-  4. P: acting is best-of-32, as in the code; Algorithm 1 draws one chunk (mode one-step).
-  5. BoN selects with the online critic and takes the target critic's value; agg is the mean
-     offline, min online (mvp, flow: mean) and a flag.  The code's comments say min throughout.
-  6. Q_1's gradient guides FMQ, that of the min QGBS, as in the code.
-  7. |u - u_off| <= eta; with the norm squared, as also stated, the solution would not fit.
-  8. No behaviour cloning online; --online-cons-weight and --online-diag-weight bring it back.
-  9. MVP is "as in the FMQ code": the offline loss goes on, on old and new data.
- 10. gamma = 0.99 also on mazes, as in the code.
- 11. scene has sparse rewards (-1, 0), in the data and online, as the code's README says.
- 12. Lagrangian: the student is d/dt X; the code swaps student and target.
- 13. The policy is asked at chunk starts only; the code computes and discards in between.
- 14. Windows never join the newest and the oldest row of the replay: dataset and online rows lie in
+     default eta = 1 makes both the same).  Other settings are those of its YAML files.
+  2. QGBS completes with X_{t',1} (Algorithm 2), with --actor flow by Euler steps from t' to 1; the
+     code's single one: --qgbs-completion diagonal.
+  3. Lagrangian: the student is d/dt X; the code swaps student and target.
+  4. Windows never join the newest and the oldest row of the replay: dataset and online rows lie in
      two blocks, which act as one first-in first-out pool.
- 15. H environment steps, then H updates (code: one by one).  With official environments the
+  5. H environment steps, then H updates (code: one by one).  With official environments the
      updates run while the simulators step, on the rows before those steps.
- 16. With --actor flow, QGBS completes by the flow's Euler steps from t' to 1.
- 17. --normalize-obs, small networks and fewer samples exist for quick runs; paper: off, 512, 32.
+As the code has it, where the paper says otherwise or nothing
+  6. Acting is best-of-32; Algorithm 1 draws one chunk (mode one-step).
+  7. BoN selects with the online critic and takes the target critic's value; agg is the mean
+     offline, min online (mvp, flow: mean).  The code's comments say min throughout.
+  8. Q_1's gradient guides FMQ, that of the min QGBS.
+  9. |u - u_off| <= eta; with the norm squared, as also stated, the solution would not fit.
+ 10. No behaviour cloning online, unless weighted by flag; under mvp the offline loss goes on, on
+     old and new data.
+ 11. gamma = 0.99 also on mazes; rewards of -1 and 0 in scene, in the data and online.  Those of
+     the data come from s, as OGBench computes them, those online from s' (--success-timing post).
 
 Modes
   python algos/fmq.py                                     both phases on pointmaze-medium, minutes
-  python algos/fmq.py --env-id cube-double-task4          the paper's settings
-  python algos/fmq.py --env-id cube-double-task4 --online-objective mvp               MVP
-  python algos/fmq.py --env-id cube-double-task4 --actor flow                         QC
+  python algos/fmq.py --env-id cube-double-task4          the paper's settings; likewise MVP and QC
   python algos/fmq.py --evaluate runs/RUN                 load a checkpoint and evaluate it
 """
 
@@ -100,6 +96,7 @@ import optax
 import tyro
 
 ALGO = "fmq"
+Mode = Literal["best-of-n", "one-step", "qgbs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +127,7 @@ class Args:
     dataset: str | None = None  # transitions of your own: FILE.npz or FILE.hdf5 (see README)
     dataset_dir: str = "~/.ogbench/data"
     """where OGBench datasets are looked for, downloaded to or collected into"""
-    normalize_obs: bool | None = None
-    """standardise observations with the dataset's mean and deviation (paper: no)"""
+    normalize_obs: bool | None = None  # standardise observations, by the data (paper: no)
     sparse: bool | None = None
     """every reward but 0 becomes -1, in the data and online (OGBench only; default: scene only)"""
 
@@ -139,14 +135,11 @@ class Args:
     offline_steps: int | None = None  # offline gradient steps (paper: 1,000,000)
     online_steps: int | None = None  # online environment steps after that (paper: 1,000,000)
     learning_starts: int | None = None  # online steps before the first update, in whole chunks
-    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = (
-        None  # log the metrics' mean over this many steps
-    )
+    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = None
+    """log the metrics' mean over this many steps"""
     eval_interval: int | None = None  # evaluate every this many steps and at the end of each phase
     eval_episodes: int | None = None  # episodes per evaluation, mode and seed
-    eval_modes: tuple[Literal["best-of-n", "one-step", "qgbs"], ...] = (
-        "best-of-n", "one-step", "qgbs",
-    )  # fmt: skip
+    eval_modes: tuple[Mode, ...] = ("best-of-n", "one-step", "qgbs")
     """ways to act that each evaluation tries; the first gives the headline number"""
     checkpoint_interval: int | None = None  # checkpoint every this many steps and at the end
 
@@ -163,24 +156,19 @@ class Args:
 
     # ---- algorithm ----
     horizon: int = 5  # H, actions per chunk
-    actor: Literal["flowmap", "flow"] = "flowmap"
-    """flowmap: average velocities, one-step sampling; flow: velocities, Euler steps (QC)"""
+    actor: Literal["flowmap", "flow"] = "flowmap"  # one-step flow map, or flow by Euler steps (QC)
     flow_steps: int = 10  # Euler steps of --actor flow
-    time_embedding: Literal["sinusoid", "raw"] = "sinusoid"
-    """how the flow map reads its times: 64 features each, or the number itself"""
-    num_samples: int | None = None
-    """N, chunks among which the critic chooses in TD target, acting and best-of-n (paper: 32)"""
+    time_embedding: Literal["sinusoid", "raw"] = "sinusoid"  # flow map's times: features or numbers
+    num_samples: int | None = None  # N of BoN, in TD targets, acting and best-of-n (paper: 32)
     q_agg_offline: Literal["mean", "min"] = "mean"  # how critics are joined in the offline phase
-    q_agg_online: Literal["auto", "mean", "min"] = "auto"
-    """how critics are joined in the online phase (auto: min for fmq, mean for mvp and flow)"""
+    q_agg_online: Literal["auto", "mean", "min"] = "auto"  # and online (auto: only fmq's by min)
     consistency: Literal["eulerian", "semigroup", "lagrangian"] = "eulerian"
     """which identity of flow maps the offline loss asks for"""
     consistency_warmup: int | None = None  # updates with the diagonal loss alone (paper: 5,000)
     consistency_anneal_end: int | None = None  # updates before gaps t - r are full (paper: 50,000)
     online_objective: Literal["fmq", "mvp"] | None = None
     """fmq: Q-guided steps off the frozen actor; mvp: the offline loss goes on (flow's default)"""
-    mvp_target: Literal["buffer", "reselect"] = "buffer"
-    """mvp imitates the chunks in the buffer, or the best of n at their states"""
+    mvp_target: Literal["buffer", "reselect"] = "buffer"  # what mvp imitates: the data, or BoN(s)
     eta: float | None = None  # trust-region radius of FMQ (paper: 1, without --adaptive-eta 0.5)
     adaptive_eta: bool = True  # shrink the radius where the critics disagree
     beta: float = 0.3  # how much disagreement shrinks the radius
@@ -262,10 +250,8 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, obs, chunk):
-        members = nn.vmap(
-            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
-            out_axes=0, axis_size=self.num_critics,
-        )  # fmt: skip
+        axes = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None)
+        members = nn.vmap(MLP, **axes, axis_size=self.num_critics)
         return members(self.hidden_dims, 1, layer_norm=True)(obs, chunk).squeeze(-1)
 
 
@@ -285,11 +271,9 @@ class Actor(nn.Module):
 
     @nn.compact
     def __call__(self, obs, x, r, t):
-        r, t = jnp.atleast_1d(r), jnp.atleast_1d(t)
-        if self.kind == "flow":
-            times = (r,)
-        else:
-            times = (r, t) if self.time_embedding == "raw" else (sinusoid(r), sinusoid(t))
+        times = [jnp.atleast_1d(time) for time in ((r,) if self.kind == "flow" else (r, t))]
+        if self.kind == "flowmap" and self.time_embedding == "sinusoid":
+            times = map(sinusoid, times)
         return MLP(self.hidden_dims, self.out_dim)(obs, x, *times)
 
 
@@ -302,42 +286,38 @@ class Networks(NamedTuple):
 
 
 def make_modules(args, act_dim):
-    """Flax modules of the settings in `args`."""
+    """Actor and critic of the settings in `args`."""
     actor = Actor(args.hidden_dims, args.horizon * act_dim, args.actor, args.time_embedding)
-    return dict(actor=actor, critic=Critic(args.hidden_dims, args.num_critics))
+    return actor, Critic(args.hidden_dims, args.num_critics)
 
 
 def make_networks(args, act_dim):
     """The modules as plain functions."""
-    return Networks(act_dim, **{k: m.apply for k, m in make_modules(args, act_dim).items()})
+    return Networks(act_dim, *(module.apply for module in make_modules(args, act_dim)))
 
 
 def init_params(args, obs_dim, act_dim, key):
     """Trainable parameters of actor and critic."""
     obs, chunk = jnp.zeros((1, obs_dim)), jnp.zeros((1, args.horizon * act_dim))
-    modules, keys = make_modules(args, act_dim), jax.random.split(key)
+    (actor, critic), keys = make_modules(args, act_dim), jax.random.split(key)
     return dict(
-        actor=modules["actor"].init(keys[0], obs, chunk, 0.0, 1.0),
-        critic=modules["critic"].init(keys[1], obs, chunk),
+        actor=actor.init(keys[0], obs, chunk, 0.0, 1.0), critic=critic.init(keys[1], obs, chunk)
     )
 
 
 # ---- the method: acting ----
-def endpoint(params, nets, args, obs, x, r=0.0):
-    """X_{r,1}(x): one jump of the flow map; --actor flow: Euler steps of its velocity."""
+def sample_chunk(params, nets, args, obs, x, r=0.0):
+    """clip(X_{r,1}(x)) by one jump, or by the Euler steps of --actor flow; from noise at r = 0 this
+    is the one-step policy."""
     if args.actor == "flowmap":
-        return x + (1 - r) * nets.actor(params["actor"], obs, x, r, 1.0)
+        return jnp.clip(x + (1 - r) * nets.actor(params["actor"], obs, x, r, 1.0), -1, 1)
+    step = (1 - r) / args.flow_steps
 
     def euler_step(x, k):
-        step = (1 - r) / args.flow_steps
         return x + step * nets.actor(params["actor"], obs, x, r + k * step, 1.0), None
 
-    return jax.lax.scan(euler_step, x, jnp.arange(args.flow_steps, dtype=x.dtype))[0]
-
-
-def sample_chunk(params, nets, args, obs, noise):
-    """One-step policy: noise (..., D) -> chunk in the box."""
-    return jnp.clip(endpoint(params, nets, args, obs, noise), -1, 1)
+    x, _ = jax.lax.scan(euler_step, x, jnp.arange(args.flow_steps, dtype=x.dtype))
+    return jnp.clip(x, -1, 1)
 
 
 def aggregate(q, pessimistic):
@@ -346,54 +326,40 @@ def aggregate(q, pessimistic):
 
 
 def best_of_n(params, nets, args, obs, noise, pessimistic):
-    """BoN: of the chunks made from noise (..., N, D) the one that the critic likes best (..., D).
-
-    All candidates go through the actor in one call and through all critics in another.
-    """
+    """BoN: of the chunks from noise (..., N, D) the one that the critic likes best (..., D); all go
+    through the actor in one call and through all critics in another."""
     chunks = sample_chunk(params, nets, args, obs[..., None, :], noise)
     q = nets.critic(params["critic"], obs[..., None, :], chunks)
     best = aggregate(q, pessimistic).argmax(axis=-1)  # the first one on ties
     return jnp.take_along_axis(chunks, best[..., None, None], axis=-2).squeeze(-2)
 
 
-def critic_step(params, nets, args, obs, chunks):
-    """QGBS's projection: a step of length eta_q up min_i Q_i, then back into the box."""
-    min_q = lambda x: nets.critic(params["critic"], obs, x).min(axis=0).sum()
-    grad = jax.grad(min_q)(chunks)
-    grad = grad / (jnp.linalg.norm(grad, axis=-1, keepdims=True) + 1e-8)
-    return jnp.clip(chunks + args.qgbs_eta * grad, -1, 1)
+def unit(vectors):
+    """Vectors (..., D) of length 1; 0 stays 0."""
+    return vectors / (jnp.linalg.norm(vectors, axis=-1, keepdims=True) + 1e-8)
 
 
-def renoising_time(args):
-    """t' at which signal and noise have the ratio rho."""
-    return args.qgbs_snr / (1 + args.qgbs_snr)
-
-
-def complete(params, nets, args, obs, x):
+def complete(params, nets, args, obs, x, time):
     """QGBS: renoised chunks at time t' -> chunks in the box."""
-    time = renoising_time(args)
     if args.qgbs_completion == "flowmap":
-        chunk = endpoint(params, nets, args, obs, x, time)
-    else:
-        chunk = x + (1 - time) * nets.actor(params["actor"], obs, x, time, time)
-    return jnp.clip(chunk, -1, 1)
+        return sample_chunk(params, nets, args, obs, x, time)
+    return jnp.clip(x + (1 - time) * nets.actor(params["actor"], obs, x, time, time), -1, 1)
 
 
 def beam_search(params, nets, args, obs, dim, key):
     """QGBS for one observation (Algorithm 2): M (1 + K B) jumps -> chunk (D,)."""
-    beam, branches, rounds = args.qgbs_beam, args.qgbs_branches, args.qgbs_rounds
+    beam, rounds, time = args.qgbs_beam, args.qgbs_rounds, args.qgbs_snr / (1 + args.qgbs_snr)
     start_key, key = jax.random.split(key)
-    time = renoising_time(args)
     min_q = lambda x: nets.critic(params["critic"], obs, x).min(axis=0)
     chunks = sample_chunk(params, nets, args, obs, jax.random.normal(start_key, (beam, dim)))
-    for k in range(rounds):
-        noise = jax.random.normal(jax.random.fold_in(key, k), (beam, branches, dim))
-        children = complete(params, nets, args, obs, time * chunks[:, None] + (1 - time) * noise)
-        children = children.reshape(-1, dim)  # the parents do not stay
-        chunks = children[jax.lax.top_k(min_q(children), beam)[1]]
-        chunks = critic_step(params, nets, args, obs, chunks)
-    if not rounds:
-        chunks = critic_step(params, nets, args, obs, chunks)
+    for k in range(max(rounds, 1)):
+        if rounds:  # else only the step up the critics
+            noise = jax.random.normal(jax.random.fold_in(key, k), (beam, args.qgbs_branches, dim))
+            children = time * chunks[:, None] + (1 - time) * noise
+            children = complete(params, nets, args, obs, children, time).reshape(-1, dim)
+            chunks = children[jax.lax.top_k(min_q(children), beam)[1]]  # the parents do not stay
+        step = args.qgbs_eta * unit(jax.grad(lambda x: min_q(x).sum())(chunks))
+        chunks = jnp.clip(chunks + step, -1, 1)
     return chunks[min_q(chunks).argmax()]
 
 
@@ -451,17 +417,14 @@ def consistency_loss(params, nets, args, batch, noise, r, t, share):
 
 def trust_radius(disagreement, args):
     """Eq. 13: eta per sample, smaller where the critics disagree more than on average."""
-    if not args.adaptive_eta:
-        return jnp.full_like(disagreement, 0.5 if args.eta is None else args.eta)
+    eta = args.eta if args.eta is not None else 1.0 if args.adaptive_eta else 0.5
     relative = disagreement / (disagreement.mean() + 1e-8)
-    return (1.0 if args.eta is None else args.eta) / (1 + args.beta * relative)
+    return eta / (1 + args.adaptive_eta * args.beta * relative)
 
 
 def guided_target(u_off, grad, radius, args):
     """Theorem 3.2: the maximiser of the linearised Q in the ball of that radius around u_off."""
-    if args.normalize_grad:
-        grad = grad / (jnp.linalg.norm(grad, axis=-1, keepdims=True) + 1e-8)
-    return u_off + radius[:, None] * grad
+    return u_off + radius[:, None] * (unit(grad) if args.normalize_grad else grad)
 
 
 def fmq_loss(params, offline_actor, nets, args, batch, noise, r):
@@ -499,22 +462,14 @@ class TrainState:
     step: jax.Array  # updates so far
 
 
-DRAWS = ("bootstrap", "diag_noise", "diag_time", "cons_noise", "cons_time", "cons_share")
-DRAWS += ("fmq_noise", "fmq_time", "reselect")
-
-
-def optimizer(args):
-    """Adam without clipping, decay or schedule."""
-    return optax.adam(args.learning_rate)
-
-
 def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
     """Fresh state of one seed."""
     params = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
+    rest = dict(obs_mean=obs_mean, obs_std=obs_std, seed=seed, step=jnp.zeros((), jnp.int32))
     return TrainState(
-        params=params, target_critic=params["critic"], opt_state=optimizer(args).init(params),
-        offline_actor=params["actor"], pessimistic=jnp.asarray(args.q_agg_offline == "min"),
-        obs_mean=obs_mean, obs_std=obs_std, seed=seed, step=jnp.zeros((), jnp.int32),
+        params=params, target_critic=params["critic"], offline_actor=params["actor"],
+        opt_state=optax.adam(args.learning_rate).init(params),
+        pessimistic=jnp.asarray(args.q_agg_offline == "min"), **rest,
     )  # fmt: skip
 
 
@@ -522,16 +477,17 @@ def actor_loss(params, offline_actor, nets, args, objective, batch, number, keys
     """Offline and mvp: L_diag + w L_cons; fmq: L_FMQ, plus those two if their flags say so."""
     shape, noise = batch["actions"].shape, jax.random.normal
     draw_time = lambda key: jax.random.uniform(key, (shape[0], 1))
-    terms = []  # (weight, (loss, metrics))
-    diag_weight, cons_weight = 1.0, jnp.where(number > args.consistency_warmup, 1.0, 0.0)
-    if objective == "fmq":
+    guided, terms = objective == "fmq", []  # (weight, (loss, metrics))
+    diag_weight = args.online_diag_weight if guided else 1.0
+    cons_weight = jnp.where(number > args.consistency_warmup, 1.0, 0.0)
+    if guided:
         x, r = noise(keys["fmq_noise"], shape), draw_time(keys["fmq_time"])
         terms += [(1.0, fmq_loss(params, offline_actor, nets, args, batch, x, r))]
-        diag_weight, cons_weight = args.online_diag_weight, args.online_cons_weight
-    if objective != "fmq" or args.online_diag_weight:
+        cons_weight = args.online_cons_weight
+    if diag_weight:
         x, t = noise(keys["diag_noise"], shape), draw_time(keys["diag_time"])
         terms += [(diag_weight, diagonal_loss(params, nets, batch, x, t))]
-    if args.actor == "flowmap" and (objective != "fmq" or args.online_cons_weight):
+    if args.actor == "flowmap" and not (guided and cons_weight == 0):
         x, share = noise(keys["cons_noise"], shape), draw_time(keys["cons_share"])
         r, t = time_pairs(number, args, keys["cons_time"], shape[0])
         terms += [(cons_weight, consistency_loss(params, nets, args, batch, x, r, t, share))]
@@ -541,13 +497,15 @@ def actor_loss(params, offline_actor, nets, args, objective, batch, number, keys
 
 def td_target(state, nets, args, batch, noise):
     """y (B,): of the chunks from noise (B, N, H * A) the critic chooses, its target has the value.
-
-    Forward only: nothing of the B * N candidates is kept for a backward pass.
-    """
+    Forward only: nothing of the B * N candidates is kept for a backward pass."""
     obs, agg = batch["next_obs"], state.pessimistic
     chunk = best_of_n(state.params, nets, args, obs, noise, agg)
     q = aggregate(nets.critic(state.target_critic, obs, chunk), agg)  # winners only
     return batch["returns"] + batch["discounts"] * q
+
+
+DRAWS = ("bootstrap", "diag_noise", "diag_time", "cons_noise", "cons_time", "cons_share")
+DRAWS += ("fmq_noise", "fmq_time", "reselect")  # one key each
 
 
 def make_update(nets, args, objective):
@@ -559,40 +517,34 @@ def make_update(nets, args, objective):
 
     def update(state, batch, key):
         keys = dict(zip(DRAWS, jax.random.split(key, len(DRAWS)), strict=True))
-        params, (batch_size, dim) = state.params, batch["actions"].shape
-        many = (batch_size, args.num_samples, dim)
-        noise = jax.random.normal(keys["bootstrap"], many)
-        target = td_target(state, nets, args, batch, noise)
-
+        params, number, (batch_size, dim) = state.params, state.step + 1, batch["actions"].shape
+        candidates = lambda key: jax.random.normal(key, (batch_size, args.num_samples, dim))
+        target = td_target(state, nets, args, batch, candidates(keys["bootstrap"]))
         imitated = batch
         if objective == "mvp" and args.mvp_target == "reselect":
-            noise = jax.random.normal(keys["reselect"], many)
+            noise = candidates(keys["reselect"])
             chunk = best_of_n(params, nets, args, batch["obs"], noise, state.pessimistic)
             imitated = batch | dict(actions=chunk, valid=jnp.ones_like(batch["valid"]))
 
         def total_loss(params):
             td_loss, td_info = critic_loss(params, nets, batch, target)
-            loss, info = actor_loss(
-                params, state.offline_actor, nets, args, objective, imitated, state.step + 1, keys
-            )
+            what = (objective, imitated, number, keys)
+            loss, info = actor_loss(params, state.offline_actor, nets, args, *what)
             return td_loss + loss, td_info | info
 
         grads, info = jax.grad(total_loss, has_aux=True)(params)
-        updates, opt_state = optimizer(args).update(grads, state.opt_state, params)
+        updates, opt_state = optax.adam(args.learning_rate).update(grads, state.opt_state, params)
         # the target follows the critic before its step, as in the released code
         target_critic = optax.incremental_update(params["critic"], state.target_critic, args.tau)
-        state = state.replace(
-            params=optax.apply_updates(params, updates), target_critic=target_critic,
-            opt_state=opt_state, step=state.step + 1,
-        )  # fmt: skip
-        return state, info
+        params = optax.apply_updates(params, updates)
+        changes = dict(params=params, target_critic=target_critic, opt_state=opt_state)
+        return state.replace(**changes, step=number), info
 
     return update
 
 
 def make_policy(nets, args):
-    """policy(state, obs, key, mode): raw observation (D,) -> chunk (H * A,); mode one-step,
-    best-of-n or qgbs."""
+    """policy(state, obs, key, mode): raw observation (D,) -> chunk (H * A,), by a `Mode`."""
     dim = args.horizon * nets.act_dim
 
     def policy(state, obs, key, mode):
@@ -605,6 +557,12 @@ def make_policy(nets, args):
         return best_of_n(state.params, nets, args, obs, noise, state.pessimistic)
 
     return policy
+
+
+def evaluation_policies(nets, args):
+    """Mode -> (state, obs, key) -> chunk."""
+    policy = make_policy(nets, args)
+    return {m.replace("-", "_"): functools.partial(policy, mode=m) for m in args.eval_modes}
 
 
 # ---- training ----
@@ -644,14 +602,24 @@ def make_act(nets, args):
     return act
 
 
+def begin_online(state, args):
+    """Freeze the offline actor; join the critics as the online phase does."""
+    agg = args.q_agg_online
+    if agg == "auto":
+        agg = "min" if args.online_objective == "fmq" else "mean"
+    frozen = jax.tree.map(jnp.copy, state.params["actor"])
+    pessimistic = jnp.full_like(state.pessimistic, agg == "min")
+    return state.replace(offline_actor=frozen, pessimistic=pessimistic)
+
+
 def train(args, task):
     """Offline, then online: H steps of the environment, then H * utd updates."""
     env = make_jax_env(task, args)
     raw, source = load_dataset(task, args)
     raw = prepare(raw, args)
     data = place(device_rows(raw), args.num_seeds, copy=True)
-    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
-    nets, horizon = make_networks(args, act_dim), args.horizon
+    sizes = data["obs"].shape[1], data["actions"].shape[1]
+    nets, horizon = make_networks(args, sizes[1]), args.horizon
 
     phases = [Phase("offline", 0, args.offline_steps, Program(make_learn(nets, args), data))]
     if args.online_steps:
@@ -659,19 +627,11 @@ def train(args, task):
         play = Play(make_act(nets, args), learn, horizon, horizon, args.sparse)
         warm_up = play._replace(learn=None), -(-args.learning_starts // horizon) * horizon
         rows = min(args.online_steps, max(args.buffer_size, len(data["obs"]) + 1))
-        sizes = (obs_dim, act_dim)
         first, *rest = online_phases(task, env, play, args, rows, sizes, (data,), *warm_up)
+        begin = lambda carry: first.enter(carry | {"state": begin_online(carry["state"], args)})
+        phases += [first._replace(enter=begin), *rest]
 
-        def enter(carry):  # freeze the offline actor; join the critics as this phase does
-            state = carry["state"]
-            pessimistic = jnp.full_like(state.pessimistic, online_agg(args) == "min")
-            offline_actor = jax.tree.map(jnp.copy, state.params["actor"])
-            state = state.replace(offline_actor=offline_actor, pessimistic=pessimistic)
-            return first.enter(carry | {"state": state})
-
-        phases += [first._replace(enter=enter), *rest]
-
-    state = start_states(args, obs_dim, act_dim, *observation_scale(data, args))
+    state = start_states(args, *sizes, *observation_scale(data, args))
     # the sums have a place for each metric of each phase, of one that a resumed run adds too
     all_terms = dataclasses.replace(args, online_cons_weight=1.0, online_diag_weight=1.0)
     learn = make_learn(nets, all_terms, "fmq" if args.actor == "flowmap" else "mvp")
@@ -681,12 +641,6 @@ def train(args, task):
     run = Run(args, task, source, raw, policies, progress)
     evaluate = make_evaluate(task, env, policies, args)
     run.finish(train_loop(run, carry, phases, evaluate, nets))
-
-
-def evaluation_policies(nets, args):
-    """Mode -> (state, obs, key) -> chunk."""
-    policy = make_policy(nets, args)
-    return {m.replace("-", "_"): functools.partial(policy, mode=m) for m in args.eval_modes}
 
 
 # ==== shared: training loop ====
@@ -2091,26 +2045,22 @@ def command_line(main, args_type, argv=None):
 
 # ---- this script's flags ----
 JAX_ENVS = {}  # built-in environments beside the point mazes: name -> constructor
-FREE_ALSO = (  # flags that may still change when a run without online phase is resumed
-    "online_objective", "mvp_target", "eta", "adaptive_eta", "beta", "normalize_grad", "grad_at",
-    "online_cons_weight", "online_diag_weight", "q_agg_online", "learning_starts", "utd",
-    "buffer_size",
-)  # fmt: skip
-EVALUATION_FLAGS = (  # flags that may change with --evaluate
-    "eval_modes", "num_samples", "qgbs_beam", "qgbs_branches", "qgbs_rounds", "qgbs_snr",
-    "qgbs_eta", "qgbs_completion",
-)  # fmt: skip
+GUIDANCE = ("eta", "adaptive_eta", "beta", "normalize_grad", "grad_at")
+GUIDANCE += ("online_cons_weight", "online_diag_weight")
+SEARCH = tuple(name for name in Args.__dataclass_fields__ if name.startswith("qgbs_"))
+# flags that may still change when a run without online phase is resumed, and with --evaluate
+FREE_ALSO = (*GUIDANCE, "online_objective", "mvp_target", "q_agg_online", "learning_starts", "utd")
+FREE_ALSO += ("buffer_size",)
+EVALUATION_FLAGS = (*SEARCH, "eval_modes", "num_samples")
 
 
 def prepare(raw, args):
     """The dataset with --sparse rewards; refuses what has none or is too short."""
     if len(raw["rewards"]) < args.horizon:
         raise UserError(f"the dataset is shorter than one chunk of --horizon {args.horizon} steps")
-    if not args.sparse:
-        return raw
-    if raw["rewards"].max() > 0:
+    if args.sparse and raw["rewards"].max() > 0:
         raise UserError("--sparse is for rewards of at most 0; use --sparse False")
-    return raw | {"rewards": -(raw["rewards"] != 0).astype(np.float32)}
+    return raw | ({"rewards": -(raw["rewards"] != 0).astype(np.float32)} if args.sparse else {})
 
 
 def resolve(args, task):
@@ -2118,58 +2068,38 @@ def resolve(args, task):
     table = task_table(task, PAPER)
     args = fill(args, **table)
     args = fill(args, online_objective="fmq" if args.actor == "flowmap" else "mvp")
-    zero = ("learning_starts", "consistency_warmup", "consistency_anneal_end", "qgbs_rounds")
-    check_numbers(args, zero=zero)
-    if min(args.hidden_dims, default=0) < 1:
-        raise UserError("--hidden-dims needs layers of at least one unit")
-    if args.actor == "flow" and args.online_objective == "fmq":
-        raise UserError(
-            "--online-objective fmq guides the flow map's jumps, which --actor flow has not: use "
-            "--online-objective mvp with it"
-        )
-    if args.consistency_anneal_end <= args.consistency_warmup:
-        raise UserError("--consistency-anneal-end must be larger than --consistency-warmup")
-    if args.offline_steps + args.online_steps == 0:
-        raise UserError("nothing to train: give --offline-steps or --online-steps")
-    if args.online_steps % args.horizon:
-        raise UserError("--online-steps must be a multiple of --horizon")
-    if not args.eval_modes or len(set(args.eval_modes)) < len(args.eval_modes):
-        raise UserError("--eval-modes needs at least one mode, and each only once")
-    if args.sparse and not task.dataset:
-        raise UserError(
-            f"--sparse is for OGBench's tasks, whose rewards are at most 0, not for {task.name}; "
-            f"use --sparse False"
-        )
-    if not args.evaluate:
-        refuse_ignored(args, vars(Args()) | table)
+    jumps = ("consistency", "consistency_warmup", "consistency_anneal_end", "time_embedding")
+    check_numbers(args, zero=("learning_starts", *jumps[1:3], "qgbs_rounds"))
+    flow, objective, modes = args.actor == "flow", args.online_objective, args.eval_modes
+    for wrong, remedy in (
+        (min(args.hidden_dims, default=0) < 1, "--hidden-dims needs layers of at least one unit"),
+        (flow and objective == "fmq", "--actor flow has no jumps that --online-objective fmq could "
+         "guide: use --online-objective mvp"),
+        (args.consistency_anneal_end <= args.consistency_warmup,
+         "--consistency-anneal-end must be larger than --consistency-warmup"),
+        (args.offline_steps + args.online_steps == 0,
+         "nothing to train: give --offline-steps or --online-steps"),
+        (args.online_steps % args.horizon, "--online-steps must be a multiple of --horizon"),
+        (not 0 < len(modes) == len(set(modes)),
+         "--eval-modes needs at least one mode, and each only once"),
+        (args.sparse and not task.dataset,
+         f"--sparse is for OGBench's rewards, not for {task.name}; use --sparse False"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(remedy)
+    unset = vars(Args()) | table
+    for needed, given, names in (
+        ("--actor flowmap", not flow, jumps), ("--actor flow", flow, ("flow_steps",)),
+        ("--online-objective mvp", objective == "mvp", ("mvp_target",)),
+        ("--online-objective fmq", objective == "fmq", GUIDANCE),
+        ("--adaptive-eta", args.adaptive_eta, ("beta",)),
+        ("--eval-modes qgbs", "qgbs" in modes, SEARCH),
+    ):  # fmt: skip
+        idle = [n for n in names if getattr(args, n) != unset[n] and not (given or args.evaluate)]
+        if idle:
+            flag = "--" + idle[0].replace("_", "-")
+            raise UserError(f"{flag} has no effect without {needed}; drop it or add that")
     return args
-
-
-def online_agg(args):
-    """How the online phase joins the critics."""
-    if args.q_agg_online != "auto":
-        return args.q_agg_online
-    return "min" if args.online_objective == "fmq" else "mean"
-
-
-def refuse_ignored(args, unset):
-    """Flags without effect beside the others, where they differ from their defaults `unset`."""
-    flow_map = ("consistency", "consistency_warmup", "consistency_anneal_end", "time_embedding")
-    guide = ("eta", "adaptive_eta", "beta", "normalize_grad", "grad_at")
-    guide += ("online_cons_weight", "online_diag_weight")
-    search = [name for name in unset if name.startswith("qgbs_")]
-    for names, needed, given in (
-        (flow_map, "--actor flowmap", args.actor == "flowmap"),
-        (("flow_steps",), "--actor flow", args.actor == "flow"),
-        (("mvp_target",), "--online-objective mvp", args.online_objective == "mvp"),
-        (guide, "--online-objective fmq", args.online_objective == "fmq"),
-        (("beta",), "--adaptive-eta", args.adaptive_eta),
-        (search, "--eval-modes qgbs", "qgbs" in args.eval_modes),
-    ):
-        for name in names:
-            if not given and getattr(args, name) != unset[name]:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} has no effect without {needed}; drop it or add that")
 
 
 # endregion
