@@ -306,7 +306,7 @@ def test_a_block_equals_step_after_step(sac):
 
     step = jax.jit(sac.interact(env, sac.Play(sac.make_act(nets, args), None)))
     update = jax.jit(sac.make_update(nets, args))
-    draw = jax.jit(lambda key, replay: sac.sample(key, replay, 8, 0.99, 1_000))
+    draw = jax.jit(lambda key, replay: sac.sample_chunks(key, None, replay, 8, 1, 0.99))
     for _ in range(2):
         seen, seed, number = [], one["state"].seed, one["state"].step
         for j in range(3):
@@ -486,7 +486,7 @@ BAD_FLAGS = {
     "beta": ("--beta 3", "--beta has no meaning with --mode online"),
     "offline": ("--offline-steps 10", "--offline-steps has no meaning with --mode online"),
     "chunk": ("--horizon-length 5", "--horizon-length has no meaning"),
-    "critic": ("--env-id cube-double --critic brn", "--critic has no meaning"),
+    "critic": ("--env-id cube-double --critic brn", "--critic brn has no meaning here"),
     "gaussian": ("--env-id cube-double --policy gaussian", "exists with --mode online alone"),
     "gaussian noise": ("--policy gaussian --noise fixed", "leave out --noise"),
     "drift": ("--drift-correction", "add --noise fixed"),
