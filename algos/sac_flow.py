@@ -36,6 +36,8 @@ Deviations from the released code (P: from the paper, where the released code di
   5. Evaluation also without noise, from A_0 = 0; checkpoints hold the state of BatchRenorm, which
      takes variances in two passes; attention over one token is two linear maps, the same function.
   6. With --num-envs above 1 on official environments, updates see new rows one step later.
+  7. The naive velocity joins time behind BatchRenorm, which cannot standardise a batch's constant:
+     its running variance falls to 0, and acting sees times of +-12 (released: --renorm-time).
   P. Learned noise online and 0.05 / 0.02 offline-to-online instead of one sigma with drift
      correction; CrossQ critic, policy delay, Adam b1 0.5; widths 512 / 96; no clamp of Flow-G's
      candidate; post-norm blocks with self-attention; BC and RL interleaved offline; constant beta;
@@ -160,6 +162,7 @@ class Args:
     # ---- algorithm ----
     policy: Literal["flow-g", "flow-t", "mlp", "gaussian"] | None = None
     """gated velocity, decoder-block velocity, plain MLP velocity, or SAC's Gaussian"""
+    renorm_time: bool = False  # mlp from scratch: BatchRenorm over the time as well, as released
     flow_steps: int = 4  # K, Euler steps of the rollout
     noise: Literal["learned", "fixed"] | None = None  # of each Euler step: learned, or --sigma
     sigma: float | None = None  # fixed noise: deviation in the actor's loss
@@ -321,6 +324,7 @@ class Policy(nn.Module):
     flow_steps: int
     input_norm: str  # from scratch brn; flows with none have layer norms or deeper MLPs
     learned_noise: bool
+    renorm_time: bool
 
     def __call__(self, obs, x, train):
         """Touch every parameter, for the initialisation."""
@@ -348,7 +352,8 @@ class NaiveVelocity(Policy):
         self.noise_head = nn.Dense(self.act_dim)
 
     def velocity(self, obs, x, t, k, train):
-        x = self.body(self.norm(join(obs, x, t), train))
+        before, behind = ([t], []) if self.renorm_time else ([], [t])
+        x = self.body(join(self.norm(join(obs, x, *before), train), *behind))
         return self.head(x), self.log_std(self.noise_head, x)
 
 
@@ -444,8 +449,8 @@ def make_networks(args, act_dim):
     kinds = {"mlp": NaiveVelocity, "flow-g": GatedVelocity, "flow-t": DecoderVelocity}
     width = args.d_model if args.policy == "flow-t" else args.hidden_dim
     norm = args.critic if args.policy == "gaussian" else "brn" if args.mode == "online" else "none"
-    dim, learned = args.horizon_length * act_dim, args.noise == "learned"
-    actor = kinds.get(args.policy, GaussianPolicy)(dim, width, args.flow_steps, norm, learned)
+    dim, kind = args.horizon_length * act_dim, kinds.get(args.policy, GaussianPolicy)
+    actor = kind(dim, width, args.flow_steps, norm, args.noise == "learned", args.renorm_time)
     critic = Critic(args.num_critics, args.critic_hidden_dims, args.critic)
 
     def function(module, method=None):
@@ -2548,6 +2553,7 @@ def resolve(args, task):
     fixed, fraction, widths = args.noise == "fixed", args.bc_fraction or 0, args.critic_hidden_dims
     steps, rows = args.offline_steps + args.online_steps, args.num_envs * args.horizon_length
     never = not from_data and args.online_steps <= args.learning_starts
+    late = args.renorm_time and (from_data or args.policy != "mlp")
     odd, cold = args.d_model % 4 or args.hidden_dim % 2, args.autotune and not args.ent_coef
     wrong = {
         "--policy gaussian exists with --mode online alone": from_data and gaussian,
@@ -2559,6 +2565,7 @@ def resolve(args, task):
         "nothing to train: --online-steps must exceed --learning-starts": never,
         "--buffer-size must hold --horizon-length rows per environment": args.buffer_size < rows,
         f"--bc-fraction is {fraction:g}, but must be between 0 and 1": fraction > 1,
+        "--renorm-time is for --policy mlp with --mode online alone": late,
         "--policy gaussian learns its deviation; leave out --noise": gaussian and (fixed or drift),
         "--drift-correction needs fixed noise; add --noise fixed": drift and not fixed,
         "--sigma and --sigma-inference must be above 0": not min(args.sigma, args.sigma_inference),

@@ -489,6 +489,7 @@ BAD_FLAGS = {
     "critic": ("--env-id cube-double --critic brn", "--critic brn has no meaning here"),
     "gaussian": ("--env-id cube-double --policy gaussian", "exists with --mode online alone"),
     "gaussian noise": ("--policy gaussian --noise fixed", "leave out --noise"),
+    "renorm": ("--renorm-time", "--renorm-time is for --policy mlp with --mode online alone"),
     "drift": ("--drift-correction", "add --noise fixed"),
     "sigma": ("--noise fixed --sigma 0", "must be above 0"),
     "ceiling": ("--noise fixed", "cannot be reached with fixed noise"),
