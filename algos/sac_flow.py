@@ -150,7 +150,7 @@ class Args:
     tau: float | None = None  # target critic: fraction of the new critic in each step
     gamma: float | None = None  # discount per environment step
     policy_delay: int | None = None  # critic updates per actor update
-    utd: int = 1  # critic updates per environment step
+    utd: float = 1.0  # critic updates per environment step (0.5: one after every second step)
     buffer_size: int = 1_000_000  # online rows that are kept per seed
     num_critics: int = 2  # critics, joined by min (online) or mean (offline-to-online)
     critic: Literal["brn", "plain", "layer"] | None = None
@@ -2500,6 +2500,8 @@ def command_line(main, args_type, argv=None):
 
 
 # ---- this script's tasks and flags ----
+from fractions import Fraction
+
 from gymnasium.envs.phys2d.pendulum import PendulumFunctional
 
 
@@ -2564,6 +2566,7 @@ def resolve(args, task):
         "nothing to train: give --offline-steps or --online-steps": steps == 0,
         "nothing to train: --online-steps must exceed --learning-starts": never,
         "--buffer-size must hold --horizon-length rows per environment": args.buffer_size < rows,
+        f"--utd is {args.utd:g}, but must be at least 0.001": args.utd < 0.001,
         f"--bc-fraction is {fraction:g}, but must be between 0 and 1": fraction > 1,
         "--renorm-time is for --policy mlp with --mode online alone": late,
         "--policy gaussian learns its deviation; leave out --noise": gaussian and (fixed or drift),
@@ -2577,21 +2580,27 @@ def resolve(args, task):
     return args
 
 
+def update_rate(args):
+    """Critic updates per step of all environments, a fraction."""
+    return args.num_envs * Fraction(args.utd).limit_denominator(1000)
+
+
 def block_size(args):
     """(steps of all environments, actor updates) of the shortest block with a whole number of both.
     With one environment, three steps and then three critic updates and one of the actor equal step
     after step: the same actor acts, and each update sees the rows that it would have seen."""
-    shared = np.gcd(args.policy_delay, args.num_envs * args.utd)
-    return int(args.policy_delay // shared), int(args.num_envs * args.utd // shared)
+    actor_rate = update_rate(args) / args.policy_delay
+    return actor_rate.denominator, actor_rate.numerator
 
 
 def visible_rows(args, replay, step):
     """Rows that existed when critic update number `step`, in the middle of a block, was due."""
-    (steps, groups), rate = block_size(args), args.num_envs * args.utd
+    (steps, groups), rate = block_size(args), update_rate(args)
     offline = args.policy_delay * args.offline_steps  # updates before
     offline *= 2 if args.offline_schedule == "interleaved" else 1
-    done = (step - offline) % (groups * args.policy_delay) // rate  # steps of its block before it
-    return replay["added"] - args.num_envs * (steps - 1 - done)
+    number = (step - offline) % (groups * args.policy_delay)  # of the update in its block
+    due = ((number + 1) * rate.denominator - 1) // rate.numerator  # at which of its steps
+    return replay["added"] - args.num_envs * (steps - 1 - due)
 
 
 def whole_blocks(args, env):
