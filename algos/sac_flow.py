@@ -24,35 +24,29 @@ Offline-to-online (--mode offline-to-online, tasks with data), chunks of H actio
   critic        y = sg[sum_k gamma^k r_k + gamma^H mask (mean_c Q'_c(s', a') - alpha log p')]
                 L_critic = mean valid (Q_c(s, a) - y)^2,  Q' <- tau Q + (1 - tau) Q'
   step A        critic, and flow matching mean valid (v(s, x_t, t) - (x_1 - x_0))^2
-  step B        critic, and the actor:
-                L_actor = mean (alpha log p - mean_c Q_c(s, a)) + beta mean (a - a_data)^2
+  step B        critic, and actor mean (alpha log p - mean_c Q_c(s, a)) + beta mean (a - a_data)^2
   Offline both steps are taken on each batch; online one step B per environment step.
 
 Deviations from the released code (P: from the paper, where the released code differs from it)
   1. log p contains -log s_i at every step, of every policy; tanh's Jacobian in its stable form.
   2. Noise of its own for every step and call: released Flow-G reuses one key offline-to-online.
-  3. Offline-to-online alpha is the constant 0: there, a sign error drives it to 0; --autotune has
-     the right sign.
+  3. Offline-to-online alpha is the constant 0, to which a sign error drives it there.
   4. No chunk crosses the replay's write pointer, and online rows never overwrite the dataset. The
      target critic follows the critic after its step (there: before).
-  5. Stochastic and deterministic evaluation; checkpoints hold the state of BatchRenorm, which takes
-     variances in two passes.
-  6. Same function, less work: attention over one token is two linear maps; what does not change
-     along a rollout is computed once.
-  7. Deterministic evaluation starts at A_0 = 0 and adds no noise.
-  8. With --num-envs above 1 on official environments, updates overlap with the next step and see
-     the new rows one step later.
+  5. Evaluation also without noise, from A_0 = 0; checkpoints hold the state of BatchRenorm, which
+     takes variances in two passes; attention over one token is two linear maps, the same function.
+  6. With --num-envs above 1 on official environments, updates see new rows one step later.
+  7. The naive velocity joins time behind BatchRenorm, which cannot standardise a batch's constant:
+     its running variance falls to 0, and acting sees times of +-12 (released: --renorm-time).
   P. Learned noise online and 0.05 / 0.02 offline-to-online instead of one sigma with drift
      correction; CrossQ critic, policy delay, Adam b1 0.5; widths 512 / 96; no clamp of Flow-G's
-     candidate; post-norm blocks with self-attention; BC and RL interleaved offline; constant beta.
-     Not here: frozen pre-trained velocities inside Flow-G or Flow-T.
+     candidate; post-norm blocks with self-attention; BC and RL interleaved offline; constant beta;
+     no frozen pre-trained velocities inside Flow-G or Flow-T.
 
 Modes
-  python algos/sac_flow.py                                vmapped pendulum, a few minutes
-  python algos/sac_flow.py --policy gaussian              the same with SAC
+  python algos/sac_flow.py --policy flow-g                vmapped pendulum, a few minutes
   python algos/sac_flow.py --env-id HalfCheetah-v4        from scratch, the published settings
   python algos/sac_flow.py --env-id cube-double           offline, then online, in chunks
-  python algos/sac_flow.py --env-id pointmaze-medium      the same on a point maze, small networks
   python algos/sac_flow.py --evaluate runs/RUN            load a checkpoint and evaluate it
 """
 
@@ -103,62 +97,49 @@ ALGO = "sac_flow"
 class Args:
     # ---- experiment ----
     env_id: str = "phys2d/Pendulum-v0"
-    """task: a Gymnasium id (phys2d/Pendulum-v0, HalfCheetah-v5), an OGBench single-task id, a short
-    name (cube-double-task3, pointmaze-medium), or FILE.py:NAME, a task file"""
+    """task: a Gymnasium id (HalfCheetah-v5), an OGBench single-task id, a short name
+    (cube-double-task3, pointmaze-medium), or FILE.py:NAME, a task file"""
     mode: Literal["online", "offline-to-online"] | None = None
     """from scratch (tasks without data) or from a dataset and then online (tasks with data)"""
     seed: int = 0  # first seed
     num_seeds: int = 1  # train this many seeds (seed, seed+1, ...) in one vmapped program
     out_dir: str = "runs"  # directory in which the run directory is created
-    evaluate: str | None = None
-    """run directory: load its checkpoint, evaluate, print a table, train nothing"""
+    evaluate: str | None = None  # run directory: evaluate its checkpoint, train nothing
     resume: str | None = None  # run directory: continue it exactly where its last checkpoint stands
     wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
-    matmul_precision: Literal["default", "high", "highest"] = "default"
-    """float32 matmuls: JAX's default (TF32 on recent GPUs), high or highest"""
+    matmul_precision: Literal["default", "high", "highest"] = "default"  # of float32 matmuls
 
     # ---- environment and data ----
     env_backend: Literal["auto", "jax", "host", "mjx"] = "auto"
-    """jax: vmapped environment inside the program (pendulum, point mazes); host: the official
-    environment through gymnasium.vector; auto: jax where it exists, else host; mjx: MuJoCo tasks
-    (v5) vmapped inside the program, for a GPU (far slower than host on a CPU)"""
-    success_timing: Literal["post", "pre"] = "post"
-    """OGBench: reward and success after the action (post, as published) or before it (pre)"""
+    """vmapped inside the program (pendulum, point mazes), or the official one in processes of its
+    own; auto: jax where it exists; mjx: MuJoCo tasks (v5) vmapped, for a GPU (slow on a CPU)"""
+    success_timing: Literal["post", "pre"] = "post"  # OGBench: reward after the action or before
     dataset: str | None = None  # transitions of your own: FILE.npz or FILE.hdf5 (see README)
-    dataset_dir: str = "~/.ogbench/data"
-    """where OGBench datasets are looked for, downloaded to or collected into"""
+    dataset_dir: str = "~/.ogbench/data"  # OGBench datasets are here, or come here
     num_envs: int | None = None
-    """parallel environments per seed (published: 1); a block of steps of all, the fewest whose
-    num-envs * utd updates each are a multiple of policy-delay, is followed by its updates, and only
-    they change the policy that acts"""
-    action_scale: float | None = None
-    """half width of the action box (default: what the environment says)"""
-    normalize_obs: bool | None = None
-    """offline-to-online: standardise observations with the dataset's mean and deviation"""
+    """parallel environments per seed; after a block of steps, the fewest after which a whole number
+    of actor updates is due, all updates of the block are made"""
+    action_scale: float | None = None  # half width of the action box (default: the environment's)
+    normalize_obs: bool | None = None  # offline-to-online: standardise by the dataset's moments
     sparse: bool | None = None  # offline-to-online: every non-zero reward becomes -1
 
     # ---- schedule ----
-    offline_steps: int | None = None  # offline-to-online: offline iterations (published: 1,000,000)
+    offline_steps: int | None = None  # offline-to-online: offline iterations
     online_steps: Annotated[int | None, tyro.conf.arg(aliases=["--total-timesteps"])] = None
     """environment steps, those before learning starts included, rounded up to whole blocks (see
-    num-envs; published: 1,000,000)"""
+    num-envs)"""
     learning_starts: int | None = None
-    """online steps before the first online update, rounded up to steps of all environments: random
-    actions in --mode online (at least a block, if several official environments run while updates
-    are made), the policy's own offline-to-online"""
-    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = (
-        None  # log the metrics' mean over this many steps
-    )
+    """environment steps before the first online update, rounded up likewise: from scratch random
+    ones (a block at least, where official environments run in parallel), else the policy's own"""
+    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = None
+    """log the metrics' mean over this many steps"""
     eval_interval: Annotated[int | None, tyro.conf.arg(aliases=["--eval-freq"])] = None
     """evaluate every this many steps and at the end of each phase"""
     eval_episodes: int | None = None  # episodes per evaluation, mode of acting and seed
-    checkpoint_interval: int | None = None
-    """checkpoint every this many steps and at the end; official environments begin new episodes
-    there"""
+    checkpoint_interval: int | None = None  # steps; official environments begin new episodes there
     offline_schedule: Literal["interleaved", "sequential"] | None = None
     """offline: flow matching and RL on each batch, or flow matching first and RL afterwards"""
-    bc_fraction: float | None = None
-    """sequential schedule: part of the offline iterations that are flow matching"""
+    bc_fraction: float | None = None  # sequential: part of the offline steps for flow matching
 
     # ---- optimisation ----
     batch_size: int | None = None  # rows per gradient step
@@ -169,12 +150,11 @@ class Args:
     tau: float | None = None  # target critic: fraction of the new critic in each step
     gamma: float | None = None  # discount per environment step
     policy_delay: int | None = None  # critic updates per actor update
-    utd: int = 1  # critic updates per environment step
+    utd: float = 1.0  # critic updates per environment step (0.5: one after every second step)
     buffer_size: int = 1_000_000  # online rows that are kept per seed
     num_critics: int = 2  # critics, joined by min (online) or mean (offline-to-online)
-    critic: Literal["brn", "plain"] | None = None
-    """online: BatchRenorm without target network, or plain ReLU with one (offline-to-online:
-    always LayerNorm with one)"""
+    critic: Literal["brn", "plain", "layer"] | None = None
+    """BatchRenorm without target network, or plain ReLU with one; offline-to-online: layer norm"""
     critic_hidden_dims: tuple[int, ...] | None = None  # widths of the critics
     hidden_dim: int | None = None  # width of flow-g, mlp and gaussian policies
     d_model: int | None = None  # width of flow-t's residual stream
@@ -182,9 +162,9 @@ class Args:
     # ---- algorithm ----
     policy: Literal["flow-g", "flow-t", "mlp", "gaussian"] | None = None
     """gated velocity, decoder-block velocity, plain MLP velocity, or SAC's Gaussian"""
+    renorm_time: bool = False  # mlp from scratch: BatchRenorm over the time as well, as released
     flow_steps: int = 4  # K, Euler steps of the rollout
-    noise: Literal["learned", "fixed"] | None = None
-    """deviation of the noise at each Euler step: learned or --sigma"""
+    noise: Literal["learned", "fixed"] | None = None  # of each Euler step: learned, or --sigma
     sigma: float | None = None  # fixed noise: deviation in the actor's loss
     sigma_inference: float | None = None  # fixed noise: deviation for targets, acting, evaluation
     drift_correction: bool = False
@@ -195,34 +175,31 @@ class Args:
     horizon_length: int | None = None  # offline-to-online: H, actions per chunk
     beta: float | None = None  # offline-to-online: weight of the distance to the data, offline
     beta_online: float | None = None  # the same in the online phase
-    bc_space: Literal["action", "pretanh"] | None = None
-    """offline-to-online: flow matching of the actions, as published, or of their atanh"""
+    bc_space: Literal["action", "pretanh"] | None = None  # flow matching of actions or their atanh
 
 
 # What a task sets when no flag does: the mode's settings, over them the task's (the first matching
 # prefix wins). Sources: [code] released code, [qc] Q-chunking, [ours] chosen here.
+BOTH = dict(  # [code]
+    online_steps=1_000_000, gamma=0.99, num_envs=1, actor_lr=3e-4, hidden_dim=512,
+    log_interval=500, checkpoint_interval=100_000, normalize_obs=False, sparse=False,
+)  # fmt: skip
 PAPER = {
-    "online": dict(  # [code]
-        online_steps=1_000_000, learning_starts=50_000, batch_size=512, gamma=0.99, num_envs=1,
-        actor_lr=3e-4, critic_lr=1e-3, alpha_lr=1e-3, adam_b1=0.5, policy_delay=3, hidden_dim=512,
-        d_model=96, critic_hidden_dims=(1024, 1024), policy="flow-g", noise="learned",
-        autotune=True, ent_coef=0.2, log_interval=500, eval_interval=25_000, eval_episodes=10,
-        checkpoint_interval=100_000, offline_steps=0, horizon_length=1, normalize_obs=False,
-        sparse=False,
+    "online": BOTH | dict(  # [code]
+        learning_starts=50_000, batch_size=512, critic_lr=1e-3, alpha_lr=1e-3, adam_b1=0.5,
+        policy_delay=3, critic="brn", critic_hidden_dims=(1024, 1024), policy="flow-g", d_model=96,
+        noise="learned", autotune=True, ent_coef=0.2, eval_interval=25_000, eval_episodes=10,
+        offline_steps=0, horizon_length=1, beta=0.0,
     ),
-    "offline-to-online": dict(  # [code], [qc]
-        offline_steps=1_000_000, online_steps=1_000_000, learning_starts=5_000, batch_size=256,
-        gamma=0.99, num_envs=1, actor_lr=3e-4, critic_lr=3e-4, alpha_lr=3e-4, adam_b1=0.9,
-        tau=0.005, policy_delay=1, hidden_dim=512, d_model=128,
-        critic_hidden_dims=(512, 512, 512, 512), policy="flow-t", noise="fixed", autotune=False,
-        action_scale=1.0, log_interval=500, eval_interval=100_000, eval_episodes=50,
-        checkpoint_interval=100_000, horizon_length=5, normalize_obs=False, sparse=False,
-        bc_space="action", offline_schedule="interleaved", bc_fraction=0.25,
+    "offline-to-online": BOTH | dict(  # [code], [qc]
+        offline_steps=1_000_000, learning_starts=5_000, batch_size=256, critic_lr=3e-4,
+        alpha_lr=3e-4, adam_b1=0.9, tau=0.005, policy_delay=1, critic="layer",
+        critic_hidden_dims=(512,) * 4, policy="flow-t", d_model=128, noise="fixed",
+        autotune=False, action_scale=1.0, eval_interval=100_000, eval_episodes=50,
+        horizon_length=5, bc_space="action", offline_schedule="interleaved", bc_fraction=0.25,
     ),
 }  # fmt: skip
-PLAIN = dict(  # [code] --critic plain
-    adam_b1=0.9, tau=0.005, policy_delay=1, critic_hidden_dims=(512, 512, 512, 512)
-)
+PLAIN = dict(adam_b1=0.9, tau=0.005, policy_delay=1, critic_hidden_dims=(512,) * 4)  # [code]
 TASK_DEFAULTS = {
     # [ours] minutes on two CPU cores. Fewer or smaller steps of the actor leave seeds of Flow-G at
     # returns of -500 to -1000 for the whole run.
@@ -255,12 +232,12 @@ class BatchRenorm(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         width = x.shape[-1]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
-        running_var = self.variable("batch_stats", "var", jnp.ones, width)
-        calls = self.variable("batch_stats", "calls", jnp.zeros, (), jnp.int32)
+        stat = functools.partial(self.variable, "batch_stats")
+        running = stat("mean", jnp.zeros, width), stat("var", jnp.ones, width)
+        calls = stat("calls", jnp.zeros, (), jnp.int32)
         gain = self.param("gain", nn.initializers.ones, (width,))
         bias = self.param("bias", nn.initializers.zeros, (width,))
-        mean, var = running_mean.value, running_var.value
+        mean, var = (average.value for average in running)
         if train and not self.is_initializing():
             m = x.mean(axis=tuple(range(x.ndim - 1)))
             v = ((x - m) ** 2).mean(axis=tuple(range(x.ndim - 1)))
@@ -272,15 +249,15 @@ class BatchRenorm(nn.Module):
             renorm = calls.value >= self.warm_up
             mean = jnp.where(renorm, m - d * root / r, m)
             var = jnp.where(renorm, v / r**2, v)
-            keep = lambda old, new: self.momentum * old + (1 - self.momentum) * new
-            running_mean.value = keep(running_mean.value, jax.lax.stop_gradient(m))
-            running_var.value = keep(running_var.value, jax.lax.stop_gradient(v))
+            for average, new in zip(running, (m, v), strict=True):
+                new = (1 - self.momentum) * jax.lax.stop_gradient(new)
+                average.value = self.momentum * average.value + new
             calls.value += 1
         return gain * (x - mean) / jnp.sqrt(var + self.epsilon) + bias
 
 
 class Norm(nn.Module):
-    """The normalisation of that kind: brn, layer, or none."""
+    """The normalisation of that kind: brn, layer, or else none."""
 
     kind: str
 
@@ -291,6 +268,7 @@ class Norm(nn.Module):
         return nn.LayerNorm()(x) if self.kind == "layer" else x
 
 
+LECUN = nn.initializers.lecun_normal()
 FAN_AVG = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
 
@@ -301,45 +279,33 @@ class MLP(nn.Module):
     out_dim: int | None = None
     activation: Callable = nn.relu
     norm: str = "none"  # brn also normalises the input
-    kernel_init: Callable = nn.initializers.lecun_normal()
-    head_init: Callable | None = None
-    head_bias: float = 0.0
+    kernel_init: Callable = LECUN
 
     @nn.compact
     def __call__(self, x, train=False):
+        dense = functools.partial(nn.Dense, kernel_init=self.kernel_init)
         x = BatchRenorm()(x, train) if self.norm == "brn" else x
         for width in self.hidden_dims:
-            x = self.activation(nn.Dense(width, kernel_init=self.kernel_init)(x))
-            x = Norm(self.norm)(x, train)
-        if self.out_dim is None:
-            return x
-        inits = self.head_init or self.kernel_init, nn.initializers.constant(self.head_bias)
-        return nn.Dense(self.out_dim, kernel_init=inits[0], bias_init=inits[1])(x)
+            x = Norm(self.norm)(self.activation(dense(width)(x)), train)
+        return x if self.out_dim is None else dense(self.out_dim)(x)
 
 
 class Critic(nn.Module):
     """Independent Q functions with stacked parameters: (obs, action) -> (num_critics, B)."""
 
     num_critics: int
-    net: dict
+    hidden_dims: tuple[int, ...]
+    kind: str  # --critic
 
     @nn.compact
     def __call__(self, obs, actions, train):
         members = nn.vmap(
-            MLP,
-            variable_axes={"params": 0, "batch_stats": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            out_axes=0,
-            axis_size=self.num_critics,
-        )
-        x = jnp.concatenate([obs, actions], axis=-1)
-        return members(out_dim=1, **self.net)(x, train).squeeze(-1)
-
-
-def bound_log_std(head):
-    """A learned log deviation within [-5, 2], about -1.5 at first."""
-    return -5 + 3.5 * (jnp.tanh(head) + 1)
+            MLP, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True},
+            in_axes=None, out_axes=0, axis_size=self.num_critics,
+        )  # fmt: skip
+        style = dict(activation=nn.gelu, kernel_init=FAN_AVG) if self.kind == "layer" else {}
+        net = members(self.hidden_dims, 1, norm=self.kind, **style)
+        return net(jnp.concatenate([obs, actions], axis=-1), train).squeeze(-1)
 
 
 def join(*parts):
@@ -348,80 +314,77 @@ def join(*parts):
     return jnp.concatenate([jnp.broadcast_to(p, (rows, p.shape[1])) for p in parts], axis=-1)
 
 
-class Velocity(nn.Module):
-    """What the three velocities share. `context(obs)` is computed once per rollout;
-    `velocity(context, x, t, k)` at each Euler step k, time t (1 or B, 1), gives v and the log
-    deviation of the step's noise (None where it is not learned)."""
+class Policy(nn.Module):
+    """What the policies share. `context(obs, train)` is computed once per rollout; `velocity
+    (context, x, t, k, train)` gives v and the log deviation of the noise (None where it is not
+    learned) at Euler step k, time t (1 or B, 1)."""
 
     act_dim: int
     width: int  # hidden_dim, or d_model of flow-t
     flow_steps: int
-    online: bool  # from scratch: BatchRenorm; offline-to-online: none, and deeper MLPs
+    input_norm: str  # from scratch brn; flows with none have layer norms or deeper MLPs
     learned_noise: bool
+    renorm_time: bool
 
-    def __call__(self, obs, x, train=False):
+    def __call__(self, obs, x, train):
         """Touch every parameter, for the initialisation."""
         context, t = self.context(obs, train), jnp.zeros((1, 1))
         return [self.velocity(context, x, t, k, train) for k in range(self.flow_steps)]
 
-
-class NaiveVelocity(Velocity):
-    """--policy mlp: a plain network, whose rollout is a residual RNN."""
-
-    def setup(self):
-        if self.online:
-            self.norm = BatchRenorm()
-            self.body = MLP((self.width, self.width))
-        else:
-            self.body = MLP((self.width,) * 4, None, nn.gelu, kernel_init=FAN_AVG)
-        head_init = nn.initializers.lecun_normal() if self.online else FAN_AVG
-        self.head = nn.Dense(self.act_dim, kernel_init=head_init)
-        if self.learned_noise:
-            self.noise_head = nn.Dense(self.act_dim)
-
     def context(self, obs, train):
         return obs
 
+    def log_std(self, head, x, divisor=1):
+        """Learned, within [-5, 2] and about -1.5 at first (its deviation then divided), or None."""
+        learned = self.learned_noise
+        return -5 + 3.5 * (jnp.tanh(head(x)) + 1) - jnp.log(divisor) if learned else None
+
+
+class NaiveVelocity(Policy):
+    """--policy mlp: a plain network, whose rollout is a residual RNN."""
+
+    def setup(self):
+        online = self.input_norm == "brn"
+        depth, act, init = (2, nn.relu, LECUN) if online else (4, nn.gelu, FAN_AVG)
+        self.norm = Norm(self.input_norm)
+        self.body = MLP((self.width,) * depth, None, act, kernel_init=init)
+        self.head = nn.Dense(self.act_dim, kernel_init=init)
+        self.noise_head = nn.Dense(self.act_dim)
+
     def velocity(self, obs, x, t, k, train):
-        x = join(obs, x, t)
-        x = self.body(self.norm(x, train) if self.online else x)
-        return self.head(x), bound_log_std(self.noise_head(x)) if self.learned_noise else None
+        before, behind = ([t], []) if self.renorm_time else ([], [t])
+        x = self.body(join(self.norm(join(obs, x, *before), train), *behind))
+        return self.head(x), self.log_std(self.noise_head, x)
 
 
-class GatedVelocity(Velocity):
+class GatedVelocity(Policy):
     """--policy flow-g: v = g (vhat - x), as in a GRU; g is 0.993 at first, whatever the input."""
 
     def setup(self):
-        if self.online:
-            self.norm = BatchRenorm()
-            self.time = MLP((64,), 32, nn.swish)
-            self.candidate = MLP((self.width,), self.act_dim, nn.swish)
-            gate = dict(hidden_dims=(self.width,))
-        else:
-            self.candidate = MLP((self.width,) * 4, self.act_dim, nn.gelu, kernel_init=FAN_AVG)
-            gate = dict(hidden_dims=(self.width // 2,), kernel_init=FAN_AVG)
-        zeros = nn.initializers.zeros
-        self.gate = MLP(
-            out_dim=self.act_dim, activation=nn.swish, head_init=zeros, head_bias=5.0, **gate
-        )
-        if self.learned_noise:  # of the state alone, so the same for all steps
-            self.noise = MLP((self.width, self.width), self.act_dim)
+        w, d, constant = self.width, self.act_dim, nn.initializers.constant
+        gate, deep, act, init = (w // 2,), (w,) * 4, nn.gelu, FAN_AVG
+        if self.input_norm == "brn":
+            gate, deep, act, init = (w,), (w,), nn.swish, LECUN
+        self.norm, self.time = Norm(self.input_norm), MLP((64,), 32, nn.swish)
+        self.candidate = MLP(deep, d, act, kernel_init=init)
+        self.gate = MLP(gate, None, nn.swish, kernel_init=init)
+        self.gate_head = nn.Dense(d, kernel_init=constant(0.0), bias_init=constant(5.0))
+        self.noise = MLP((w, w), d)  # of the state alone, so the same for all steps
 
     def context(self, obs, train):
-        return obs, bound_log_std(self.noise(obs)) if self.learned_noise else None
+        return obs, self.log_std(self.noise, obs)
 
     def velocity(self, context, x, t, k, train):
         obs, log_std = context
-        if self.online:
+        if self.input_norm == "brn":
             angles = t * jnp.exp(-jnp.log(1e4) * jnp.arange(16) / 15)
-            time = self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1))
-            inputs = join(self.norm(join(obs, x), train), time)
-        else:
-            inputs = join(obs, x, t)
-        return nn.sigmoid(self.gate(inputs)) * (self.candidate(inputs) - x), log_std
+            t = self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1))
+        inputs = join(self.norm(join(obs, x), train), t)
+        gate = nn.sigmoid(self.gate_head(self.gate(inputs)))
+        return gate * (self.candidate(inputs) - x), log_std
 
 
-class DecoderVelocity(Velocity):
+class DecoderVelocity(Policy):
     """--policy flow-t: a transformer decoder whose one token is x and whose one memory is s.
 
     A softmax over one key is 1, whatever the query: self-attention is W_o W_v x, cross-attention
@@ -432,119 +395,82 @@ class DecoderVelocity(Velocity):
     num_blocks: int = 2
 
     def setup(self):
-        d, norm = self.width, "brn" if self.online else "layer"
-        dense = lambda: nn.Dense(d)
-        norms = lambda n: [Norm(norm) for _ in range(n)]
-        blocks = range(self.num_blocks)
-        if self.online:
-            self.obs_norm = BatchRenorm()
-            self.token_norms = [BatchRenorm() for _ in range(self.flow_steps)]
-        self.memory = MLP((d // 2,), d, nn.silu)
-        self.token = dense()
+        d, blocks = self.width, range(self.num_blocks)
+        kind = "brn" if self.input_norm == "brn" else "layer"
+        dense = lambda: [nn.Dense(d) for _ in blocks]
+        self.obs_norm = Norm(self.input_norm)
+        self.token_norms = [Norm(self.input_norm) for _ in range(self.flow_steps)]
+        self.memory, self.token = MLP((d // 2,), d, nn.silu), nn.Dense(d)
         self.time = MLP((d // 4, d // 2), d, nn.silu)
-        self.self_value, self.self_out = [dense() for _ in blocks], [dense() for _ in blocks]
-        self.cross_value, self.cross_out = [dense() for _ in blocks], [dense() for _ in blocks]
+        self.self_value, self.self_out = dense(), dense()
+        self.cross_value, self.cross_out = dense(), dense()
         self.feed_forward = [MLP((4 * d,), d, nn.gelu) for _ in blocks]
-        self.norms = [norms(3) for _ in blocks]
-        self.head = nn.Dense(self.act_dim)
-        if self.learned_noise:
-            self.noise_head = nn.Dense(self.act_dim)
+        self.norms = [[Norm(kind) for _ in range(3)] for _ in blocks]
+        self.head, self.noise_head = nn.Dense(self.act_dim), nn.Dense(self.act_dim)
 
     def context(self, obs, train):
-        m = self.memory(self.obs_norm(obs, train) if self.online else obs)
+        m = self.memory(self.obs_norm(obs, train))
         return [o(v(m)) for v, o in zip(self.cross_value, self.cross_out, strict=True)]
 
     def velocity(self, memories, x, t, k, train):
-        x = self.token(self.token_norms[k](x, train) if self.online else x) + self.time(t)
+        x = self.token(self.token_norms[k](x, train)) + self.time(t)
         for b, memory in enumerate(memories):  # post-norm
             norms = self.norms[b]
             x = norms[0](x + self.self_out[b](self.self_value[b](x)), train)
             x = norms[1](x + memory, train)
             x = norms[2](x + self.feed_forward[b](x), train)
-        if not self.learned_noise:
-            return self.head(x), None
         # this policy's noise is added to the velocity, so a step of 1/K scales it too
-        return self.head(x), bound_log_std(self.noise_head(x)) - jnp.log(self.flow_steps)
+        return self.head(x), self.log_std(self.noise_head, x, self.flow_steps)
 
 
-class GaussianPolicy(nn.Module):
+class GaussianPolicy(Policy):
     """--policy gaussian: mean and clipped log deviation of SAC's action before tanh."""
 
-    act_dim: int
-    width: int
-    norm: str
-
     @nn.compact
-    def __call__(self, obs, train):
-        x = MLP((self.width // 2, self.width, self.width // 2), norm=self.norm)(obs, train)
-        mean, log_std = nn.Dense(self.act_dim)(x), nn.Dense(self.act_dim)(x)
-        return mean, jnp.clip(log_std, -20, 2)
+    def context(self, obs, train):
+        narrow = self.width // 2
+        x = MLP((narrow, self.width, narrow), norm=self.input_norm)(obs, train)
+        return nn.Dense(self.act_dim)(x), jnp.clip(nn.Dense(self.act_dim)(x), -20, 2)
 
 
 class Networks(NamedTuple):
-    """The method's functions of (params, stats, inputs..., train) -> (output, stats), `stats` being
-    BatchRenorm's state; tests put hand-made ones in their place."""
+    """Functions of (params, stats, inputs..., train) -> (output, stats), the state of BatchRenorm;
+    tests put hand-made ones in their place."""
 
-    dim: int  # actions of a whole chunk
+    dim: int  # actions of a whole chunk, which actor and critic see as one
     critic: Callable  # obs, action -> (num_critics, B)
-    context: Callable | None = None  # obs -> what the velocity needs of it
+    context: Callable | None = None  # obs -> what the velocity needs; gaussian: mean and log_std
     velocity: Callable | None = None  # context, x, t, k -> (v, log_std or None)
-    gaussian: Callable | None = None  # obs -> (mean, log_std)
-
-
-def make_modules(args, act_dim):
-    """Flax modules of actor and critic, which see all actions of a chunk as one."""
-    dim = args.horizon_length * act_dim
-    online = args.mode == "online"
-    kind = args.critic if online else "layer"
-    activation = nn.relu if online else nn.gelu
-    init = nn.initializers.lecun_normal() if online else FAN_AVG
-    net = dict(hidden_dims=args.critic_hidden_dims, activation=activation, kernel_init=init)
-    critic = Critic(args.num_critics, net | dict(norm="none" if kind == "plain" else kind))
-    if args.policy == "gaussian":
-        norm = "brn" if kind == "brn" else "none"
-        return dict(actor=GaussianPolicy(dim, args.hidden_dim, norm), critic=critic)
-    kinds = {"mlp": NaiveVelocity, "flow-g": GatedVelocity, "flow-t": DecoderVelocity}
-    width = args.d_model if args.policy == "flow-t" else args.hidden_dim
-    learned = args.noise == "learned"
-    actor = kinds[args.policy](dim, width, args.flow_steps, online, learned)
-    return dict(actor=actor, critic=critic)
+    init: Callable | None = None  # obs_dim, key -> (params, stats), dicts of the groups
 
 
 def make_networks(args, act_dim):
-    """The modules as plain functions."""
+    """Actor and critic as plain functions."""
+    kinds = {"mlp": NaiveVelocity, "flow-g": GatedVelocity, "flow-t": DecoderVelocity}
+    width = args.d_model if args.policy == "flow-t" else args.hidden_dim
+    norm = args.critic if args.policy == "gaussian" else "brn" if args.mode == "online" else "none"
+    dim, kind = args.horizon_length * act_dim, kinds.get(args.policy, GaussianPolicy)
+    actor = kind(dim, width, args.flow_steps, norm, args.noise == "learned", args.renorm_time)
+    critic = Critic(args.num_critics, args.critic_hidden_dims, args.critic)
 
     def function(module, method=None):
         def apply(params, stats, *inputs, train=False):
-            variables = {"params": params, "batch_stats": stats}
-            out, new = module.apply(
-                variables, *inputs, train, method=method, mutable=["batch_stats"]
-            )
+            variables, mutable = {"params": params, "batch_stats": stats}, ["batch_stats"]
+            out, new = module.apply(variables, *inputs, train, method=method, mutable=mutable)
             return out, new.get("batch_stats", stats)
 
         return apply
 
-    modules = make_modules(args, act_dim)
-    actor, critic = modules["actor"], function(modules["critic"])
-    if args.policy == "gaussian":
-        return Networks(actor.act_dim, critic, gaussian=function(actor))
-    return Networks(actor.act_dim, critic, function(actor, "context"), function(actor, "velocity"))
+    def init(obs_dim, key):
+        inputs, keys = (jnp.zeros((1, obs_dim)), jnp.zeros((1, dim)), False), jax.random.split(key)
+        groups = dict(actor=actor.init(keys[0], *inputs), critic=critic.init(keys[1], *inputs))
+        if args.autotune:
+            groups["log_alpha"] = {"params": jnp.log(jnp.float32(args.ent_coef))}
+        params = {name: v["params"] for name, v in groups.items()}
+        return params, {name: v.get("batch_stats", {}) for name, v in groups.items()}
 
-
-def init_params(args, obs_dim, act_dim, key):
-    """(trainable parameters, state of BatchRenorm), each with entries actor and critic."""
-    modules = make_modules(args, act_dim)
-    obs, action = jnp.zeros((1, obs_dim)), jnp.zeros((1, modules["actor"].act_dim))
-    actor_key, critic_key = jax.random.split(key)
-    inputs = (obs, False) if args.policy == "gaussian" else (obs, action, False)
-    variables = dict(
-        actor=modules["actor"].init(actor_key, *inputs),
-        critic=modules["critic"].init(critic_key, obs, action, False),
-    )
-    params = {name: v["params"] for name, v in variables.items()}
-    if args.autotune:
-        params["log_alpha"] = jnp.log(jnp.float32(args.ent_coef))
-    return params, {name: v.get("batch_stats", {}) for name, v in variables.items()}
+    parts = function(critic), function(actor, "context"), function(actor, "velocity")
+    return Networks(dim, *parts, init)
 
 
 # ---- the method: sampling ----
@@ -558,37 +484,21 @@ class Rollout(NamedTuple):
     eps: jax.Array
 
 
-def num_draws(args):
-    return 1 if args.policy == "gaussian" else args.flow_steps + 1
-
-
 def rollout(params, stats, nets, args, obs, eps, sigma, train=False):
-    """Path from the noise `eps` (draws, B, A); None: the deterministic path -> (Rollout, stats).
-
-    `params` and `stats` are the actor's. `sigma` is the deviation of fixed noise.
-    """
-    if args.policy == "gaussian":
-        (mean, log_std), stats = nets.gaussian(params, stats, obs, train=train)
-        eps = jnp.zeros((1, *mean.shape)) if eps is None else eps
-        x = mean + jnp.exp(log_std) * eps[0]
-        return Rollout(x[None], mean[None], log_std[None], eps), stats
-    dt, noisy = 1 / args.flow_steps, eps is not None
+    """Path of the actor from the noise `eps` (draws, B, A) -> (Rollout, stats)."""
     context, stats = nets.context(params, stats, obs, train=train)
-    if not noisy:
-        eps = jnp.zeros((num_draws(args), obs.shape[0], nets.dim))
     zeros = jnp.zeros_like(eps[0])
-    path = [(eps[0], zeros, zeros)]  # A_0
+    mean, log_std = context if args.policy == "gaussian" else (zeros, zeros)
+    path = [(mean + jnp.exp(log_std) * eps[0], mean, log_std)]
     for k in range(args.flow_steps):  # unrolled: flow-t has a norm for each step
-        x, t = path[-1][0], k * dt
-        (v, log_std), stats = nets.velocity(
-            params, stats, context, x, jnp.full((1, 1), t), k, train=train
-        )
+        x, dt = path[-1][0], 1 / args.flow_steps
+        t, time = k * dt, jnp.full((1, 1), k * dt)
+        (v, log_std), stats = nets.velocity(params, stats, context, x, time, k, train=train)
         if log_std is None:
-            log_std = jnp.full_like(zeros, jnp.log(step_std(args, sigma)))
-        if args.drift_correction and noisy:  # + sigma^2 / 2 times the score of the flow at time t
+            log_std = jnp.log(step_std(args, sigma))
+        if args.drift_correction:  # + sigma^2 / 2 times the score of the flow at time t
             v = v + sigma**2 / 2 * (t * v - x) / (1 - t)
-        mean = x + dt * v
-        log_std = jnp.broadcast_to(log_std, mean.shape)
+        mean, log_std = x + dt * v, jnp.broadcast_to(log_std, x.shape)
         path.append((mean + jnp.exp(log_std) * eps[k + 1], mean, log_std))
     x, mean, log_std = (jnp.stack(parts) for parts in zip(*path, strict=True))
     return Rollout(x, mean, log_std, eps), stats
@@ -600,10 +510,8 @@ def step_std(args, sigma):
 
 
 def path_log_prob(path, scale):
-    """log density of a path and its action scale * tanh(u): (draws, B, A) -> (B,).
-
-    The quadratic term in eps is that of the drawn x, exactly; log(1 - tanh^2) is stable for any u.
-    """
+    """log density of a path and its action scale * tanh(u), (draws, B, A) -> (B,): eps^2 / 2 is the
+    exact term of the drawn x, and log(1 - tanh^2) is stable for any u."""
     draws = -0.5 * path.eps**2 - path.log_std - 0.5 * jnp.log(2 * jnp.pi)
     u = path.x[-1]
     jacobian = jnp.log(scale) + 2 * (jnp.log(2.0) - u - jax.nn.softplus(-2 * u))
@@ -611,19 +519,22 @@ def path_log_prob(path, scale):
 
 
 def sample_action(params, stats, nets, args, obs, key, sigma, train=False):
-    """Stochastic actions (B, A), log density of their paths (B,), the paths, the actor's stats."""
-    eps = jax.random.normal(key, (num_draws(args), obs.shape[0], nets.dim))
+    """Actions (B, A), log density of their paths (B,), the paths, the actor's stats. `sigma` is the
+    deviation of fixed noise; without a key there is no noise at all."""
+    shape = (args.flow_steps + 1, len(obs), nets.dim)
+    eps, sigma = (jnp.zeros(shape), 0.0) if key is None else (jax.random.normal(key, shape), sigma)
     path, stats = rollout(params, stats, nets, args, obs, eps, sigma, train)
     action = args.action_scale * jnp.tanh(path.x[-1])
     return action, path_log_prob(path, args.action_scale), path, stats
 
 
+# ---- the method: losses ----
+# loss(params, stats, ...) -> (loss, (metrics, stats)): those of the group that the loss trains.
 def aggregate(q, args):
     """Join the critics' values: the smallest online, the mean offline-to-online."""
-    return q.min(axis=0) if args.mode == "online" else q.mean(axis=0)
+    return q.mean(axis=0) if args.critic == "layer" else q.min(axis=0)
 
 
-# ---- the method: losses ----
 def critic_loss(params, stats, target, nets, args, batch, next_action, next_cost):
     """TD error; next_cost = alpha log p' (B,). `target`: (params, stats) of the target critic, or
     None for CrossQ, where both pairs share one pass and its batch statistics."""
@@ -637,25 +548,21 @@ def critic_loss(params, stats, target, nets, args, batch, next_action, next_cost
         next_q, _ = nets.critic(*target, *inputs[1])
     value = aggregate(next_q, args) - next_cost
     y = jax.lax.stop_gradient(batch["returns"] + batch["discounts"] * value)
-    if args.mode == "online":
-        loss = ((q - y) ** 2).sum(axis=0).mean() * (0.5 if args.critic == "brn" else 1.0)
-    else:  # 0 where an episode ended inside the chunk
+    if args.critic == "layer":  # 0 where an episode ended inside the chunk
         loss = (batch["valid"][:, -1] * (q - y) ** 2).mean()
+    else:
+        loss = ((q - y) ** 2).sum(axis=0).mean() * (0.5 if args.critic == "brn" else 1.0)
     return loss, ({"critic_loss": loss, "q": q.mean(), "td_target": y.mean()}, stats)
 
 
 def actor_loss(params, stats, nets, args, batch, critic, alpha, beta, key):
-    """Up the critic, entropy, and offline-to-online the distance to the data.
-
-    `critic` is its (params, stats); the gradient is that of the actor alone.
-    """
-    action, log_prob, path, stats = sample_action(
-        params, stats, nets, args, batch["obs"], key, args.sigma, train=True
-    )
+    """Up the critic (params, stats), entropy, and offline-to-online the distance to the data."""
+    actor = params, stats, nets, args
+    action, log_prob, path, stats = sample_action(*actor, batch["obs"], key, args.sigma, train=True)
     q, _ = nets.critic(*critic, batch["obs"], action)
     loss = jnp.mean(alpha * log_prob - aggregate(q, args))
-    info = {"entropy": -log_prob.mean(), "actor_q": q.mean()}
-    info["step_std"] = jnp.exp(path.log_std[-1]).mean()
+    step_std = jnp.exp(path.log_std[-1]).mean()
+    info = {"entropy": -log_prob.mean(), "actor_q": q.mean(), "step_std": step_std}
     if args.mode == "offline-to-online":
         info["data_distance"] = jnp.mean((action - batch["actions"]) ** 2)
         loss += beta * info["data_distance"]
@@ -664,23 +571,22 @@ def actor_loss(params, stats, nets, args, batch, critic, alpha, beta, key):
 
 def flow_matching_loss(params, stats, nets, args, batch, key):
     """Behaviour cloning: the velocity of straight paths from N(0, I) to the data."""
-    x1 = batch["actions"]
-    if args.bc_space == "pretanh":  # the rollout's own space: tanh(x1) is what is played
-        x1 = jnp.arctanh(x1)
+    # pretanh is the rollout's own space: tanh(x1) is what is played
+    x1 = jnp.arctanh(batch["actions"]) if args.bc_space == "pretanh" else batch["actions"]
     noise_key, time_key = jax.random.split(key)
     x0 = jax.random.normal(noise_key, x1.shape)
     t = jax.random.uniform(time_key, (len(x1), 1))
     context, _ = nets.context(params, stats, batch["obs"], train=True)
-    x_t = (1 - t) * x0 + t * x1
-    (v, _), _ = nets.velocity(params, stats, context, x_t, t, 0, train=True)
+    (v, _), _ = nets.velocity(params, stats, context, (1 - t) * x0 + t * x1, t, 0, train=True)
     valid = jnp.repeat(batch["valid"], x1.shape[1] // batch["valid"].shape[1], axis=1)
     loss = jnp.mean(valid * (v - (x1 - x0)) ** 2)
     return loss, ({"bc_loss": loss}, stats)
 
 
-def temperature_loss(log_alpha, entropy, target_entropy):
+def temperature_loss(log_alpha, stats, entropy, target_entropy):
     """Raise alpha while the entropy is below its target, lower it above."""
-    return jnp.exp(log_alpha) * jax.lax.stop_gradient(entropy - target_entropy)
+    loss = jnp.exp(log_alpha) * jax.lax.stop_gradient(entropy - target_entropy)
+    return loss, ({}, stats)
 
 
 # ---- the method: one update ----
@@ -689,7 +595,7 @@ class TrainState:
     """Everything that training changes. Keys are functions of (seed, step), so none is stored."""
 
     params: Any  # actor, critic and, if it is learned, log_alpha
-    stats: Any  # BatchRenorm's running statistics of actor and critic
+    stats: Any  # BatchRenorm's running statistics, likewise
     target_critic: Any  # empty where there is none
     opt_state: Any
     obs_mean: jax.Array
@@ -698,37 +604,30 @@ class TrainState:
     step: jax.Array  # critic updates
 
 
-def optimizers(args):
-    """One Adam per group, without clipping, decay or schedule."""
+def optimizer(args, name):
+    """Adam of a group, without clipping, decay or schedule."""
     rates = dict(actor=args.actor_lr, critic=args.critic_lr, log_alpha=args.alpha_lr)
-    return {name: optax.adam(rate, b1=args.adam_b1) for name, rate in rates.items()}
-
-
-def has_target(args):
-    return args.mode == "offline-to-online" or args.critic == "plain"
+    return optax.adam(rates[name], b1=args.adam_b1)
 
 
 def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
     """Fresh state of one seed."""
-    params, stats = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
-    return TrainState(
-        params=params,
-        stats=stats,
-        target_critic=params["critic"] if has_target(args) else {},
-        opt_state={name: optimizers(args)[name].init(p) for name, p in params.items()},
-        obs_mean=obs_mean,
-        obs_std=obs_std,
-        seed=seed,
-        step=jnp.zeros((), jnp.int32),
-    )
+    params, stats = make_networks(args, act_dim).init(obs_dim, purpose_key(seed, "init"))
+    target = {} if args.critic == "brn" else params["critic"]
+    opt_state = {name: optimizer(args, name).init(p) for name, p in params.items()}
+    return TrainState(params, stats, target, opt_state, obs_mean, obs_std, seed, jnp.int32(0))
 
 
-def descend(state, name, grads, args):
-    """One Adam step of the group `name`."""
-    params, opt_state = dict(state.params), dict(state.opt_state)
-    updates, opt_state[name] = optimizers(args)[name].update(grads, opt_state[name], params[name])
-    params[name] = optax.apply_updates(params[name], updates)
-    return state.replace(params=params, opt_state=opt_state)
+def descend(state, name, args, loss, *inputs):
+    """One Adam step of the group `name` down its loss -> (state, metrics)."""
+    params, opt_state = state.params[name], state.opt_state[name]
+    grads, (info, stats) = jax.grad(loss, has_aux=True)(params, state.stats[name], *inputs)
+    updates, opt_state = optimizer(args, name).update(grads, opt_state, params)
+    return state.replace(
+        params=state.params | {name: optax.apply_updates(params, updates)},
+        stats=state.stats | {name: stats},
+        opt_state=state.opt_state | {name: opt_state},
+    ), info
 
 
 def temperature(state, args):
@@ -738,53 +637,32 @@ def temperature(state, args):
 
 def critic_step(state, batch, key, nets, args):
     """One Adam step of the critics and, where there is one, a small step of their target."""
-    next_action, next_log_prob, _, _ = sample_action(
-        state.params["actor"], state.stats["actor"], nets, args, batch["next_obs"], key,
-        args.sigma_inference,
-    )  # fmt: skip
-    target = (state.target_critic, state.stats["critic"]) if has_target(args) else None
-    next_cost = temperature(state, args) * next_log_prob
-    grads, (info, stats) = jax.grad(critic_loss, has_aux=True)(
-        state.params["critic"], state.stats["critic"], target, nets, args, batch, next_action,
-        next_cost,
-    )  # fmt: skip
-    state = descend(state, "critic", grads, args)
-    if has_target(args):
-        new = optax.incremental_update(state.params["critic"], state.target_critic, args.tau)
-        state = state.replace(target_critic=new)
-    return state.replace(stats=state.stats | {"critic": stats}, step=state.step + 1), info
+    actor = state.params["actor"], state.stats["actor"], nets, args
+    next_action, log_prob, *_ = sample_action(*actor, batch["next_obs"], key, args.sigma_inference)
+    target = None if args.critic == "brn" else (state.target_critic, state.stats["critic"])
+    inputs = target, nets, args, batch, next_action, temperature(state, args) * log_prob
+    state, info = descend(state, "critic", args, critic_loss, *inputs)
+    if target:
+        target = optax.incremental_update(state.params["critic"], state.target_critic, args.tau)
+    return state.replace(target_critic=target or {}, step=state.step + 1), info
 
 
 def actor_step(state, critic, batch, key, beta, nets, args):
     """One Adam step of the actor up the critic (params, stats), then one of the temperature."""
     alpha = temperature(state, args)
-    grads, (info, stats) = jax.grad(actor_loss, has_aux=True)(
-        state.params["actor"], state.stats["actor"], nets, args, batch, critic, alpha, beta, key
-    )
-    state = descend(state, "actor", grads, args)
-    state = state.replace(stats=state.stats | {"actor": stats})
+    inputs = nets, args, batch, critic, alpha, beta, key
+    state, info = descend(state, "actor", args, actor_loss, *inputs)
     if args.autotune:
-        log_alpha = state.params["log_alpha"]
-        grads = jax.grad(temperature_loss)(log_alpha, info["entropy"], args.target_entropy)
-        state = descend(state, "log_alpha", grads, args)
+        inputs = info["entropy"], args.target_entropy
+        state, _ = descend(state, "log_alpha", args, temperature_loss, *inputs)
     return state, info | {"alpha": alpha}
-
-
-def clone_step(state, batch, key, nets, args):
-    """One Adam step of the actor by flow matching."""
-    actor = (state.params["actor"], state.stats["actor"], nets, args, batch, key)
-    grads, (info, _) = jax.grad(flow_matching_loss, has_aux=True)(*actor)
-    return descend(state, "actor", grads, args), info
 
 
 def make_update(nets, args, clone=False):
     """update(state, batches, key, beta) -> (state, metrics): a critic step on each of policy_delay
-    batches, then one of actor and temperature on the last (`clone`: one of flow matching).
-
-    batch: obs, next_obs (B, D), actions (B, H * A), returns, discounts (B,), and of chunks also
-    valid (B, H); see `sample` and `sample_chunks`. Offline-to-online both are one joint step: the
-    actor climbs the critic as it was before.
-    """
+    batches, then one of actor and temperature on the last (`clone`: one of flow matching). A batch
+    is what `sample_chunks` returns. Offline-to-online both are one joint step: the actor climbs the
+    critic as it was before."""
 
     def update(state, batches, key, beta):
         actor_key, *keys = jax.random.split(key, len(batches) + 1)
@@ -794,11 +672,12 @@ def make_update(nets, args, clone=False):
             state, info = critic_step(state, batch, critic_key, nets, args)
             infos.append(info)
         if clone:
-            state, info = clone_step(state, batches[-1], actor_key, nets, args)
+            inputs = nets, args, batch, actor_key
+            state, info = descend(state, "actor", args, flow_matching_loss, *inputs)
         else:
-            at = state if args.mode == "online" else before
-            critic = at.params["critic"], at.stats["critic"]
-            state, info = actor_step(state, critic, batches[-1], actor_key, beta, nets, args)
+            judge = state if args.mode == "online" else before
+            critic = judge.params["critic"], judge.stats["critic"]
+            state, info = actor_step(state, critic, batch, actor_key, beta, nets, args)
         return state, jax.tree.map(lambda *x: sum(x) / len(x), *infos) | info
 
     return update
@@ -810,52 +689,33 @@ def make_policy(nets, args):
 
     def policy(state, obs, key, deterministic=False):
         obs = ((obs - state.obs_mean) / state.obs_std)[None]
-        actor = (state.params["actor"], state.stats["actor"], nets, args, obs)
-        if deterministic:
-            path, _ = rollout(*actor, None, args.sigma_inference)
-            return args.action_scale * jnp.tanh(path.x[-1, 0])
-        return sample_action(*actor, key, args.sigma_inference)[0][0]
+        actor, key = (state.params["actor"], state.stats["actor"]), None if deterministic else key
+        return sample_action(*actor, nets, args, obs, key, args.sigma_inference)[0][0]
 
     return policy
 
 
 # ---- training ----
 # What a dispatch changes, the carry, is a dict of arrays with a leading axis of seeds, which a
-# program's steps do not see. Always: state, a TrainState, and sums, the metrics since the last log.
-# Online also: replay, a ring of C rows = {obs, next_obs (C, D), actions (C, A), rewards, masks,
-# terminals (C,)} and added, their number so far; returns (E,) of the episodes under way; recent,
-# the last 20 episodes' returns; and on JAX environments envs: their states, the chunks (E, H, A) of
-# actions being played, and how many of each are taken (E,).
-def block_steps(args):
-    """Steps of all environments after which a whole number of actor updates is due. With one
-    environment, three steps and then three critic updates and one of the actor equal step after
-    step: the actor that acts is the same, and each update sees the rows that it would have seen."""
-    return int(args.policy_delay // np.gcd(args.policy_delay, args.num_envs * args.utd))
-
-
+# program's steps do not see: state, a TrainState; sums, the metrics since the last log; online also
+# replay, a ring of C rows {obs, next_obs (C, D), actions (C, A), rewards, masks, terminals (C,)}
+# and added, their number so far; returns (E,) of the episodes under way; recent, the last 20
+# episodes' returns; and on JAX environments envs: their states, the chunks (E, H, A) of actions
+# being played, and how many of each are taken (E,).
 def make_learn(nets, args, *updates):
-    """learn(carry, data, beta, first=0) -> carry: draw policy_delay batches and take each of the
-    `updates` on them; the first batch is that of critic update `first` of its block."""
+    """learn(carry, data, beta) -> carry: draw policy_delay batches, take each of the `updates`."""
 
-    def draw(key, data, replay, number):
-        if replay is not None:  # the rows that existed at the step of that critic update
-            later = block_steps(args) - 1 - number // (args.num_envs * args.utd)
-            replay = replay | {"added": replay["added"] - args.num_envs * later}
-        if data is None:
-            return sample(key, replay, args.batch_size, args.gamma, args.buffer_size)
-        return sample_chunks(
-            key, data, replay, args.batch_size, args.horizon_length, args.gamma,
-            limit=args.buffer_size, stride=args.num_envs,
-        )  # fmt: skip
-
-    def learn(carry, data, beta, first=0):
+    def learn(carry, data, beta):
         state, replay, batches, metrics = carry["state"], carry.get("replay"), [], {}
-        for j in range(args.policy_delay):
-            key = jax.random.split(purpose_key(state.seed, "update", state.step + j))[0]
-            batch = draw(key, data, replay, first + j)
-            for name in ("obs", "next_obs"):
-                batch[name] = (batch[name] - state.obs_mean) / state.obs_std
-            batches.append(batch)
+        for step in (state.step + j for j in range(args.policy_delay)):
+            key = jax.random.split(purpose_key(state.seed, "update", step))[0]
+            added = None if replay is None else visible_rows(args, replay, step)
+            batch = sample_chunks(
+                key, data, replay, args.batch_size, args.horizon_length, args.gamma,
+                added=added, limit=args.buffer_size, stride=args.num_envs,
+            )  # fmt: skip
+            scaled = {k: (batch[k] - state.obs_mean) / state.obs_std for k in ("obs", "next_obs")}
+            batches.append(batch | scaled)
         for update in updates:
             key = jax.random.split(purpose_key(state.seed, "update", state.step))[1]
             state, info = update(state, batches, key, beta)
@@ -864,21 +724,6 @@ def make_learn(nets, args, *updates):
         return carry | {"state": state, "sums": sums}
 
     return learn
-
-
-def make_learn_block(nets, args):
-    """learn_block(carry, data, beta) -> carry: all updates of a block of the online phase."""
-    learn = make_learn(nets, args, make_update(nets, args))
-    groups = block_steps(args) * args.num_envs * args.utd // args.policy_delay
-
-    def learn_block(carry, data, beta):
-        def body(g, part):  # without the replay, which they only read
-            after = learn(carry | part, data, beta, g * args.policy_delay)
-            return {k: after[k] for k in part}
-
-        return carry | jax.lax.fori_loop(0, groups, body, {k: carry[k] for k in ("state", "sums")})
-
-    return learn_block
 
 
 def make_act(nets, args, random=False):
@@ -906,38 +751,22 @@ def make_phases(task, env, data, nets, args, sizes):
         offline = [("cloning", 0, middle, clone), ("offline", middle, args.offline_steps, update)]
     phases = []
     for name, start, end, *updates in offline:
-        program = Program(make_learn(nets, args, *updates), data, jnp.float32(args.beta or 0))
+        program = Program(make_learn(nets, args, *updates), data, jnp.float32(args.beta))
         phases += [Phase(name, start, end, program)] * (start < end)
-    if not args.online_steps:
-        return phases
-    act, random = make_act(nets, args), make_act(nets, args, random=True)
-    chunks = dict(horizon=args.horizon_length, sparse=args.sparse)
-    block = make_learn_block(nets, args), block_steps(args)
-    play = Play(act, *block, **chunks, learn_first=args.num_envs > 1)
-    warm_up = Play(random if args.mode == "online" else act, None, **chunks, count=False)
+    act, (steps, groups) = make_act(nets, args), block_size(args)
+    learn, overlap = repeat(make_learn(nets, args, update), groups), args.num_envs > 1
+    play = Play(act, learn, steps, args.horizon_length, args.sparse, learn_first=overlap)
+    first_act = make_act(nets, args, random=True) if args.mode == "online" else act
+    warm_up = play._replace(act=first_act, learn=None, steps=1, count=False)
     first, steps = whole_blocks(args, env)
-    inputs = data, jnp.float32(args.beta_online or 0)
-    args = dataclasses.replace(args, online_steps=steps)
-    return phases + online_phases(
-        task, env, play, args, ring_rows(args), sizes, inputs, warm_up, first
-    )
-
-
-def start_carry(args, data, nets, state):
-    """States of all seeds, and metric sums of all that a learn step of any phase reports."""
-    carry, updates = {"state": state}, [make_update(nets, args)]
-    if data is None:  # of an update from the replay, which is not there yet
-        replay = lambda seed: make_replay(1, state.obs_mean.shape[-1], nets.dim)
-        carry["replay"] = jax.vmap(replay)(state.seed)
-    else:
-        updates.append(make_update(nets, args, clone=True))
-    learn = make_learn(nets, args, *updates)
-    return dict(state=state, sums=zero_sums(learn, carry, data, jnp.float32(0)))
+    rows, args = ring_rows(args), dataclasses.replace(args, online_steps=steps)
+    inputs = data, jnp.float32(args.beta_online)
+    return phases + online_phases(task, env, play, args, rows, sizes, inputs, warm_up, first)
 
 
 def train(args, task):
-    """Online: random steps, then blocks of steps and their updates. Offline-to-online: offline,
-    steps without updates, then the same blocks."""
+    """From scratch: random steps, then blocks of steps and their updates. From data: updates, steps
+    of the policy without updates, then the same blocks."""
     env = make_jax_env(task, args)
     args, sizes = fit_to_env(args, task, env)
     raw, source, data = None, "none: online from scratch", None
@@ -1773,17 +1602,6 @@ def sample_chunks(key, data, replay, batch_size, horizon, gamma, pool=None, limi
 # ==== end shared: chunks ====
 
 
-def sample(key, replay, batch_size, gamma, limit):
-    """Batch of obs, actions, returns, discounts, next_obs, i.i.d. and uniform over the `limit`
-    newest rows of the ring."""
-    rows, added = replay["rows"], replay["added"]
-    count = jnp.minimum(added, limit)
-    draw = jax.random.randint(key, (batch_size,), 0, count)
-    index = (added - count + draw) % rows["rewards"].shape[0]
-    batch = {k: rows[k][index] for k in ("obs", "actions", "next_obs")}
-    return batch | dict(returns=rows["rewards"][index], discounts=gamma * rows["masks"][index])
-
-
 # ==== shared: replay ====
 def make_replay(capacity, obs_dim, act_dim):
     """Empty ring of online rows; `added` counts all rows ever written."""
@@ -2376,6 +2194,8 @@ def command_line(main, args_type, argv=None):
 
 
 # ---- this script's tasks and flags ----
+from fractions import Fraction
+
 from gymnasium.envs.phys2d.pendulum import PendulumFunctional
 
 
@@ -2392,67 +2212,89 @@ class Pendulum(PendulumFunctional):
 JAX_ENVS = {"phys2d/Pendulum-v0": Pendulum}  # built-in environments beside the point mazes
 FREE_ALSO = ()  # flags that may still change when a run without online phase is resumed
 EVALUATION_FLAGS = ()  # flags that may change with --evaluate
-ONLY_OFFLINE_TO_ONLINE = ("offline_steps", "horizon_length", "normalize_obs", "sparse", "beta")
-ONLY_OFFLINE_TO_ONLINE += ("beta_online", "bc_space", "offline_schedule", "bc_fraction")
+ONLY_FROM_DATA = ("offline_steps", "horizon_length", "normalize_obs", "sparse", "beta")
+ONLY_FROM_DATA += ("beta_online", "bc_space", "offline_schedule", "bc_fraction")
 
 
 def resolve(args, task):
     """Fill what no flag set from the tables; refuse what is out of range or contradictory."""
-    with_data = bool(task.dataset or args.dataset or "data" in task.parts)
-    mode = "offline-to-online" if with_data else "online"
+    from_data = bool(task.dataset or args.dataset or "data" in task.parts)
+    mode = "offline-to-online" if from_data else "online"
     if args.mode not in (None, mode):
-        kind = "data" if with_data else "no data (--dataset FILE.npz gives it some)"
+        kind = "data" if from_data else "no data (--dataset FILE.npz gives it some)"
         raise UserError(f"{task.name} has {kind}: use --mode {mode}, or another --env-id")
-    for name in ONLY_OFFLINE_TO_ONLINE if mode == "online" else ("critic",):
-        if getattr(args, name) not in (None, PAPER["online"].get(name)):
+    for name in () if from_data else ONLY_FROM_DATA:
+        if getattr(args, name) not in (None, PAPER[mode].get(name)):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} has no meaning with --mode {mode}; leave it out")
-    if mode == "offline-to-online" and args.policy == "gaussian":
-        raise UserError(
-            "--policy gaussian exists with --mode online alone; use flow-g, flow-t, mlp"
-        )
 
-    defaults, table = PAPER[mode], task_table(task, PAPER[mode])
-    if mode == "online":
-        gaussian = (args.policy or table["policy"]) == "gaussian"
-        args = fill(args, critic="plain" if gaussian else "brn")
-        table = task_table(task, defaults | (PLAIN if args.critic == "plain" else {}))
-        table |= {k: defaults.get(k) for k in ONLY_OFFLINE_TO_ONLINE}
+    table = task_table(task, PAPER[mode])
+    args = fill(args, mode=mode, policy=table["policy"])
+    gaussian, drift = args.policy == "gaussian", args.drift_correction
+    args = fill(args, critic="plain" if gaussian else table["critic"])
+    if not from_data:
+        table = task_table(task, PAPER[mode] | (PLAIN if args.critic == "plain" else {}))
+        table |= {k: PAPER[mode].get(k) for k in ONLY_FROM_DATA}
     elif args.beta is None and "beta" not in table:
         table["beta"] = 100.0
         print(f"beta for {task.base} is not published: {table['beta']:g}; see --beta")
-    if args.autotune and not args.ent_coef and mode == "offline-to-online":
-        table["ent_coef"] = 0.2
-    if args.drift_correction:
-        table |= dict(sigma=0.10, sigma_inference=0.10)
-    args = fill(args, mode=mode, **table)
-    args = fill(args, sigma=0.05, ent_coef=0.0, beta_online=args.beta)
-    args = fill(args, sigma_inference=0.02 if with_data else args.sigma)
+    args = fill(args, **table)
+    sigma, ent_coef = 0.10 if drift else 0.05, 0.2 if args.autotune else 0.0
+    args = fill(args, sigma=sigma, ent_coef=ent_coef, beta_online=args.beta)
+    args = fill(args, sigma_inference=0.02 if from_data and not drift else args.sigma)
+    if gaussian:  # its one draw is the first, without Euler steps
+        args = dataclasses.replace(args, flow_steps=0)
 
-    check_numbers(args, unbounded=("target_entropy",), zero=("learning_starts",))
-    if min(args.critic_hidden_dims, default=0) < 1:
-        raise UserError("--critic-hidden-dims needs layers of at least one unit")
-    if args.d_model % 4 or args.hidden_dim % 2:
-        raise UserError("--d-model must be a multiple of 4 and --hidden-dim of 2")
-    if args.offline_steps + args.online_steps == 0:
-        raise UserError("nothing to train: give --offline-steps or --online-steps")
-    if mode == "online" and args.online_steps <= args.learning_starts:
-        raise UserError("nothing to train: --online-steps must exceed --learning-starts")
-    if args.buffer_size < args.num_envs * args.horizon_length:
-        raise UserError(
-            "--buffer-size must hold at least --horizon-length rows of each environment"
-        )
-    if args.bc_fraction is not None and args.bc_fraction > 1:
-        raise UserError(f"--bc-fraction is {args.bc_fraction:g}, but must be between 0 and 1")
-    if args.policy == "gaussian" and (args.noise == "fixed" or args.drift_correction):
-        raise UserError("--policy gaussian learns its deviation; leave out --noise")
-    if args.drift_correction and args.noise != "fixed":
-        raise UserError("--drift-correction needs noise of a known size: add --noise fixed")
-    if args.noise == "fixed" and min(args.sigma, args.sigma_inference) <= 0:
-        raise UserError("--sigma and --sigma-inference must be above 0")
-    if args.autotune and args.ent_coef <= 0:
-        raise UserError("--autotune starts from --ent-coef, which must be above 0")
+    check_numbers(args, unbounded=("target_entropy",), zero=("learning_starts", "flow_steps"))
+    fixed, fraction, widths = args.noise == "fixed", args.bc_fraction or 0, args.critic_hidden_dims
+    steps, rows = args.offline_steps + args.online_steps, args.num_envs * args.horizon_length
+    never = not from_data and args.online_steps <= args.learning_starts
+    late = args.renorm_time and (from_data or args.policy != "mlp")
+    odd, cold = args.d_model % 4 or args.hidden_dim % 2, args.autotune and not args.ent_coef
+    wrong = {
+        "--policy gaussian exists with --mode online alone": from_data and gaussian,
+        f"--critic {args.critic} has no meaning here": from_data != (args.critic == "layer"),
+        "--critic-hidden-dims needs layers of units": min(widths, default=0) < 1,
+        "--flow-steps must be at least 1": args.flow_steps < 1 and not gaussian,
+        "--d-model must be a multiple of 4 and --hidden-dim of 2": odd,
+        "nothing to train: give --offline-steps or --online-steps": steps == 0,
+        "nothing to train: --online-steps must exceed --learning-starts": never,
+        "--buffer-size must hold --horizon-length rows per environment": args.buffer_size < rows,
+        f"--utd is {args.utd:g}, but must be at least 0.001": args.utd < 0.001,
+        f"--bc-fraction is {fraction:g}, but must be between 0 and 1": fraction > 1,
+        "--renorm-time is for --policy mlp with --mode online alone": late,
+        "--policy gaussian learns its deviation; leave out --noise": gaussian and (fixed or drift),
+        "--drift-correction needs fixed noise; add --noise fixed": drift and not fixed,
+        "--sigma and --sigma-inference must be above 0": not min(args.sigma, args.sigma_inference),
+        "--autotune starts from --ent-coef, which must be above 0": cold,
+    }
+    for sentence, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(sentence)
     return args
+
+
+def update_rate(args):
+    """Critic updates per step of all environments, a fraction."""
+    return args.num_envs * Fraction(args.utd).limit_denominator(1000)
+
+
+def block_size(args):
+    """(steps of all environments, actor updates) of the shortest block with a whole number of both.
+    With one environment, three steps and then three critic updates and one of the actor equal step
+    after step: the same actor acts, and each update sees the rows that it would have seen."""
+    actor_rate = update_rate(args) / args.policy_delay
+    return actor_rate.denominator, actor_rate.numerator
+
+
+def visible_rows(args, replay, step):
+    """Rows that existed when critic update number `step`, in the middle of a block, was due."""
+    (steps, groups), rate = block_size(args), update_rate(args)
+    offline = args.policy_delay * args.offline_steps  # updates before
+    offline *= 2 if args.offline_schedule == "interleaved" else 1
+    number = (step - offline) % (groups * args.policy_delay)  # of the update in its block
+    due = ((number + 1) * rate.denominator - 1) // rate.numerator  # at which of its steps
+    return replay["added"] - args.num_envs * (steps - 1 - due)
 
 
 def whole_blocks(args, env):
@@ -2460,18 +2302,25 @@ def whole_blocks(args, env):
     then to whole blocks. Where updates overlap with the first step of a block and there is no
     dataset, a block of rows must be there before."""
     up = lambda steps, unit: -(-steps // unit) * unit
-    block = args.num_envs * block_steps(args)
+    block, online = args.num_envs * block_size(args)[0], args.mode == "online"
     first = up(min(args.learning_starts, args.online_steps), args.num_envs)
-    if env is None and args.num_envs > 1 and args.mode == "online":
-        first = max(first, block)
-    learning = max(args.online_steps - first, 1 if args.mode == "online" else 0)
-    return first, first + up(learning, block)
+    first = max(first, block) if env is None and args.num_envs > 1 and online else first
+    return first, first + up(max(args.online_steps - first, int(online)), block)
 
 
 def ring_rows(args):
     """Rows of the replay: those an update may see, and those that the rest of its block adds."""
     rows = min(args.online_steps, args.buffer_size)
-    return rows + -rows % args.num_envs + block_steps(args) * args.num_envs
+    return rows + -rows % args.num_envs + args.num_envs * block_size(args)[0]
+
+
+def start_carry(args, data, nets, state):
+    """States of all seeds, and metric sums of all that a learn step of any phase reports."""
+    kinds = (False,) if data is None else (False, True)
+    learn = make_learn(nets, args, *(make_update(nets, args, clone) for clone in kinds))
+    if data is None:  # a row in its place: of what is learned only the names are taken
+        data = make_replay(1, state.obs_mean.shape[-1], nets.dim)["rows"]
+    return dict(state=state, sums=zero_sums(learn, {"state": state}, data, jnp.float32(0)))
 
 
 def entropy_ceiling(args, dim):
@@ -2487,12 +2336,11 @@ def fit_to_env(args, task, env):
         spaces = env or ask(make_host_env, task, args.success_timing)
     except gymnasium.error.Error as e:  # say, a package that this environment needs
         raise UserError(" ".join(str(e).split())) from e
-    obs, box, vector = spaces.observation_space, spaces.action_space, gymnasium.spaces.Box
+    obs, box = spaces.observation_space, spaces.action_space
     if env is None:
         spaces.close()
-    if not all(isinstance(space, vector) and len(space.shape) == 1 for space in (obs, box)):
-        raise UserError(f"{task.name} has observations {obs} and actions {box}: choose a task "
-                        "where both are vectors")  # fmt: skip
+    if not all(isinstance(s, gymnasium.spaces.Box) and len(s.shape) == 1 for s in (obs, box)):
+        raise UserError(f"{task.name} has {obs} and {box}: choose a task where both are vectors")
     args = fill(args, action_scale=float(box.high[0]))
     scale = args.action_scale
     if not (scale < np.inf and np.allclose(box.low, -scale) and np.allclose(box.high, scale)):
@@ -2515,13 +2363,13 @@ def fit_to_sizes(args, obs_dim, act_dim):
                 f"--target-entropy {args.target_entropy:g} cannot be reached with fixed noise, "
                 f"whose entropy is at most {ceiling:.4f}: lower it or raise --sigma"
             )
-    rows, row = args.num_seeds * ring_rows(args), 4 * (2 * obs_dim + act_dim + 3)
+    size = 4e-9 * args.num_seeds * ring_rows(args) * (2 * obs_dim + act_dim + 3)
     on_host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", on_host)
-    if rows * row > memory * jax.device_count():
+    memory = 1e-9 * (jax.devices()[0].memory_stats() or {}).get("bytes_limit", on_host)
+    if size > memory * jax.device_count():
         raise UserError(
-            f"the replay of {args.num_seeds} seed(s) takes {rows * row / 1e9:.1f} GB, and the "
-            f"device has {memory / 1e9:.1f}: lower --buffer-size or --num-seeds"
+            f"the replay of {args.num_seeds} seed(s) takes {size:.1f} GB, and the device has "
+            f"{memory:.1f}: lower --buffer-size or --num-seeds"
         )
     return args
 

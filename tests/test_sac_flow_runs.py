@@ -251,18 +251,18 @@ def test_steps_are_rounded_up(sac, num_envs):
     assert 0 <= steps - 1_000_000 < block and (steps - first) % block == 0
 
 
-def test_rounded_phases_are_played(sac):
+@pytest.mark.parametrize("utd,stride,updates", [(1.0, 3, 60), (0.25, 12, 15)])
+def test_rounded_phases_are_played(sac, utd, stride, updates):
     """42 steps without updates instead of 40, then 60 instead of 58; the replay holds them all."""
-    args = make_args(
-        sac, "Hopper-v4", policy_delay=1, num_envs=3, learning_starts=40, online_steps=100
-    )
+    flags = dict(policy_delay=1, num_envs=3, learning_starts=40, online_steps=100, utd=utd)
+    args = make_args(sac, "Hopper-v4", **flags)
     env = FunctionalCounter()
     nets, carry = start(sac, args, env)
     phases = sac.make_phases(sac.parse_task("Hopper-v4"), env, None, nets, args, (1, 1))
-    assert [(p.start, p.end, p.stride) for p in phases] == [(0, 42, 3), (42, 102, 3)]
+    assert [(p.start, p.end, p.stride) for p in phases] == [(0, 42, 3), (42, 102, stride)]
     for phase in phases:
         carry = phase.advance(phase.enter(carry), (phase.end - phase.start) // phase.stride)
-    assert carry["replay"]["added"] == 102 and carry["state"].step == 60
+    assert carry["replay"]["added"] == 102 and carry["state"].step == updates
     check_rows(carry["replay"]["rows"], 102, 3)
 
 
@@ -306,7 +306,7 @@ def test_a_block_equals_step_after_step(sac):
 
     step = jax.jit(sac.interact(env, sac.Play(sac.make_act(nets, args), None)))
     update = jax.jit(sac.make_update(nets, args))
-    draw = jax.jit(lambda key, replay: sac.sample(key, replay, 8, 0.99, 1_000))
+    draw = jax.jit(lambda key, replay: sac.sample_chunks(key, None, replay, 8, 1, 0.99))
     for _ in range(2):
         seen, seed, number = [], one["state"].seed, one["state"].step
         for j in range(3):
@@ -485,9 +485,10 @@ BAD_FLAGS = {
     "beta": ("--beta 3", "--beta has no meaning with --mode online"),
     "offline": ("--offline-steps 10", "--offline-steps has no meaning with --mode online"),
     "chunk": ("--horizon-length 5", "--horizon-length has no meaning"),
-    "critic": ("--env-id cube-double --critic brn", "--critic has no meaning"),
+    "critic": ("--env-id cube-double --critic brn", "--critic brn has no meaning here"),
     "gaussian": ("--env-id cube-double --policy gaussian", "exists with --mode online alone"),
     "gaussian noise": ("--policy gaussian --noise fixed", "leave out --noise"),
+    "renorm": ("--renorm-time", "--renorm-time is for --policy mlp with --mode online alone"),
     "drift": ("--drift-correction", "add --noise fixed"),
     "sigma": ("--noise fixed --sigma 0", "must be above 0"),
     "ceiling": ("--noise fixed", "cannot be reached with fixed noise"),
@@ -506,6 +507,7 @@ BAD_FLAGS = {
     "memory": ("--num-seeds 1000000 --online-steps 1000000", "lower --buffer-size or --num-seeds"),
     "ring": ("--buffer-size 2", "--buffer-size must hold"),
     "delay": ("--policy-delay 0", "--policy-delay is 0"),
+    "utd": ("--utd 0", "--utd is 0, but must be at least 0.001"),
     "rate": ("--actor-lr -1", "--actor-lr is -1"),
 }
 

@@ -347,45 +347,57 @@ def test_no_window_joins_dataset_and_ring(sac, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "num_envs,utd,delay", [(1, 1, 3), (1, 2, 3), (4, 1, 3), (4, 1, 2), (2, 3, 2)]
+    "num_envs,utd,delay",
+    [(1, 1, 3), (1, 2, 3), (4, 1, 3), (4, 1, 2), (2, 3, 2), (1, 0.5, 1), (1, 0.3, 2), (4, 0.1, 3)],
 )
 def test_an_update_sees_no_row_newer_than_its_step(sac, monkeypatch, num_envs, utd, delay):
     """Of a block's updates each sees the rows of the steps up to its own, no more, no fewer."""
     flags = dict(num_envs=num_envs, utd=utd, policy_delay=delay, batch_size=4)
     args = make_args(sac, buffer_size=20, online_steps=240, learning_starts=0, **flags)
-    steps = sac.block_steps(args)
-    updates = steps * num_envs * utd
-    assert updates % delay == 0 and (steps == 1 or (steps - 1) * num_envs * utd % delay)
+    steps, groups = sac.block_size(args)
+    updates = groups * delay
+    assert updates == pytest.approx(steps * num_envs * utd)
+    for fewer in range(1, steps):  # no shorter block has a whole number of actor updates
+        assert abs(fewer * num_envs * utd / delay % 1 - 0.5) < 0.499
     capacity = sac.ring_rows(args)
     assert capacity == 20 + steps * num_envs
     writes = 3 * steps + 100 // num_envs
     replay = ring(sac, capacity, writes, num_envs)
     windows = []
 
-    def record(key, replay, batch_size, gamma, limit):
-        windows.append((int(replay["added"]), int(limit)))
+    def record(key, data, replay, batch_size, horizon, gamma, added, stride, limit):
+        assert stride == num_envs
+        windows.append((int(added), int(limit)))
         return dict.fromkeys(("obs", "next_obs"), jnp.zeros((batch_size, 3)))
 
-    def chunks(key, data, replay, batch_size, horizon, gamma, stride, limit):
-        assert stride == num_envs
-        return record(key, replay, batch_size, gamma, limit)
-
-    monkeypatch.setattr(sac, "sample", record)
-    monkeypatch.setattr(sac, "sample_chunks", chunks)
-    carry = dict(state=make_state(sac, args), replay=replay)
+    monkeypatch.setattr(sac, "sample_chunks", record)
+    state = make_state(sac, args)
     learn = sac.make_learn(None, args, lambda state, *rest: (state, {}))
-    for first in range(0, updates, delay):
-        learn(carry, None, None, first)
+    for block in (0, 1):  # the same in each block, counted from its end
+        for first in range(0, updates, delay):
+            state = state.replace(step=jnp.int32(block * updates + first))
+            learn(dict(state=state, replay=replay), None, None)
     before = (writes - steps) * num_envs  # rows when the block began
-    expected = [before + num_envs * (j // (num_envs * utd) + 1) for j in range(updates)]
-    assert windows == [(e, 20) for e in expected] and expected[-1] == writes * num_envs
-    for first in range(0, updates, delay):
-        learn(carry, {}, None, first)
-    assert windows[updates:] == windows[:updates]  # with a dataset too
+    due = [np.ceil(round((j + 1) / (num_envs * utd), 6)) for j in range(updates)]
+    expected = [before + num_envs * int(step) for step in due]
+    assert windows[:updates] == [(e, 20) for e in expected] and expected[-1] == writes * num_envs
+    assert windows[updates:] == windows[:updates]
     monkeypatch.undo()
     oldest = expected[0] - 20
     seen = all_windows(sac, None, replay | {"added": expected[0]}, 1, 20, monkeypatch, limit=20)
     assert sorted(seen[:, 0].tolist()) == list(range(oldest, expected[0]))  # still in the ring
+
+
+@pytest.mark.parametrize("schedule,number", [("interleaved", 2), ("sequential", 1)])
+def test_offline_updates_do_not_count_in_a_block(sac, schedule, number):
+    """Offline iterations take one step of the critic or two; the first online update is the first
+    of its block in either schedule."""
+    flags = dict(offline_schedule=schedule, offline_steps=5, num_envs=2, policy_delay=4)
+    args = make_args(sac, "cube-triple", **flags)
+    assert sac.block_size(args) == (2, 1)
+    replay, start = dict(added=jnp.int32(30)), 5 * 4 * number
+    seen = [int(sac.visible_rows(args, replay, jnp.int32(start + j))) for j in range(8)]
+    assert seen == [28, 28, 30, 30] * 2
 
 
 @pytest.mark.slow
