@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import cloudpickle
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a GPU
+import jax  # reads these variables
+
 SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 
 
@@ -28,6 +31,25 @@ def load_script(path):
     return sys.modules[name]
 
 
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, which compile too
+def pytest_runtest_setup(item):
+    """Nearly all the time goes into compiling tiny networks, which takes half as long without the
+    compiler's optimisations. Tests marked `optimised` calculate more than they compile."""
+    plain = item.get_closest_marker("optimised") is None
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(plain))  # for processes
+    jax.config.update("jax_disable_most_optimizations", plain)
+
+
 @pytest.fixture(scope="session")
 def gsflow():
     return load_script(ROOT / "algos" / "gsflow.py")
+
+
+@pytest.fixture(scope="session")
+def data_dir(gsflow, tmp_path_factory):
+    """A directory with two episodes of pointmaze-medium under the official name, which are there
+    sooner than the 200,000 transitions that a script collects."""
+    directory = tmp_path_factory.mktemp("data")
+    data = gsflow.collect_pointmaze("medium", 2_000)
+    np.savez(directory / "pointmaze-medium-navigate-v0.npz", **data)
+    return directory

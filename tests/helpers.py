@@ -1,10 +1,18 @@
-"""What several test files share: settings of tiny runs, and the pieces that a run is made of."""
+"""What several test files share: settings of tiny runs, the pieces that a run is made of, runs."""
 
+import contextlib
+import csv
 import dataclasses
+import io
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from conftest import ROOT
 
 FQL = dict(prior="gaussian", student="deterministic")
 TINY = dict(hidden_dims=(8, 8), prior_hidden_dims=(8,), batch_size=16, num_candidates=3)
@@ -87,3 +95,52 @@ def assert_same_end(script, *runs):
 
 def with_changes(args, **changes):
     return dataclasses.replace(args, **changes)
+
+
+# ---- runs ----
+
+
+def launch(script, *flags, code=0, out_dir=None):
+    """What a script's command line writes in this process, which saves the start of another:
+    (stdout, stderr)."""
+    flags = [*flags, "--out-dir", out_dir] if out_dir else flags
+    streams = [io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            found = script.command_line(script.main, script.Args, [*map(str, flags)])
+    except SystemExit as stop:
+        found = stop.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    out, err = (stream.buffer.getvalue().decode() for stream in streams)
+    assert found == code, f"exit code {found}\n{out}\n{err}"
+    return out, err
+
+
+def start(name, *flags, out_dir=None, **options):
+    """The script as a process of its own; its output is readable from .stdout and .stderr."""
+    flags = [*flags, "--out-dir", out_dir] if out_dir else flags
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "algos" / f"{name}.py"), *map(str, flags)]
+    return subprocess.Popen(command, **pipes, **options)
+
+
+def finish(process, code=0, timeout=600):
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def only_run(directory):
+    (run,) = Path(directory).iterdir()
+    return run
+
+
+def rows_without_time(run):
+    """The rows of metrics.csv that are the same each time."""
+    with open(run / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]

@@ -415,8 +415,10 @@ def test_policy_loss_uses_the_target_critic_before_its_step(flowq):
         step = jax.jit(flowq.make_update(nets, args))
         new, _ = step(state, make_batch(), key, settings(flowq))
         steps.append(new.params["velocity"])
-    for a, b in zip(*map(jax.tree.leaves, steps), strict=True):
+    before = state.params["velocity"]
+    for a, b, old in zip(*map(jax.tree.leaves, (*steps, before)), strict=True):
         np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(a, old)
 
 
 def test_learning_rate_decay_and_gradient_clip(flowq):

@@ -1,19 +1,15 @@
 """FlowQ's runs: resume, evaluation, seeds, bad flags, and a point maze that it solves."""
 
-import csv
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT, load_script
-from helpers import assert_same_end
+from helpers import assert_same_end, launch, only_run, rows_without_time, start
 
-SCRIPT = ROOT / "algos" / "flowq.py"
 TINY = "--hidden-dims 8 8 --batch-size 16 --flow-steps 2 --eval-episodes 3 --eval-candidates 4"
 TINY += " --log-interval 20 --offline-steps 200 --eval-interval 100 --checkpoint-interval 100"
 TINY = TINY.split()
@@ -26,49 +22,17 @@ VARIANTS = {name: flags.split() for name, flags in VARIANTS.items()}
 
 @pytest.fixture(scope="module")
 def flowq():
-    return load_script(SCRIPT)
+    return load_script(ROOT / "algos" / "flowq.py")
 
 
 @pytest.fixture(scope="module")
-def data_dir(flowq, tmp_path_factory):
-    """A point maze's dataset of two episodes, as a file."""
-    directory = tmp_path_factory.mktemp("data")
-    data = flowq.collect_pointmaze("medium", 2_000)
-    np.savez(directory / "pointmaze-medium-navigate-v0.npz", **data)
-    return directory
-
-
-def start(*flags):
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, **pipes)
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out
-
-
-def only_run(directory):
-    (run,) = directory.iterdir()
-    return run
-
-
-def columns_without_time(run):
-    with open(run / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-
-@pytest.fixture(scope="module")
-def references(data_dir, tmp_path_factory):
+def references(flowq, data_dir, tmp_path_factory):
     """Runs that nobody interrupted, two seeds each."""
     runs = {}
     for name, flags in VARIANTS.items():
         directory = tmp_path_factory.mktemp(name)
-        finish(start(*TINY, *flags, "--dataset-dir", data_dir, "--num-seeds", 2,
-                     "--out-dir", directory))  # fmt: skip
+        flags = [*TINY, *flags, "--dataset-dir", data_dir, "--num-seeds", 2]
+        launch(flowq, *flags, out_dir=directory)
         runs[name] = only_run(directory)
     return runs
 
@@ -85,7 +49,7 @@ def test_a_run_leaves_what_it_should(references, name):
     assert list(result["episodes"]) == measured and result["steps"] == 200
     assert "eval/success_n1_last_three" in result
     assert np.shape(result["episodes"]["success_n4"]) == (2, 3)
-    rows = columns_without_time(run)
+    rows = rows_without_time(run)
     assert [r["step"] for r in rows[::2]] == [str(s) for s in range(20, 201, 20)]
     assert float(rows[0]["train/c_25"]) == 0.75 != float(rows[-1]["train/c_25"])
     assert rows[-1]["eval/success_n1"] and rows[-1]["eval/success_n4"]
@@ -96,10 +60,12 @@ def test_a_run_leaves_what_it_should(references, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name,number", [("toy", signal.SIGTERM), ("maze", signal.SIGKILL)])
-def test_interrupted_and_resumed_equals_uninterrupted(references, data_dir, tmp_path, name, number):
+def test_interrupted_and_resumed_equals_uninterrupted(
+    flowq, references, data_dir, tmp_path, name, number
+):
     """The last checkpoint and all metrics are the same bytes."""
     flags = [*TINY, *VARIANTS[name], "--dataset-dir", data_dir, "--num-seeds", 2]
-    process = start(*flags, "--checkpoint-interval", 10, "--out-dir", tmp_path)
+    process = start("flowq", *flags, "--checkpoint-interval", 10, out_dir=tmp_path)
     while not list(tmp_path.glob("*/checkpoint.msgpack")):
         assert process.poll() is None
         time.sleep(0.001)
@@ -107,16 +73,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(references, data_dir, tmp_
     process.wait()
     assert process.returncode == (143 if number == signal.SIGTERM else -9)
     run = only_run(tmp_path)
-    finish(start("--resume", run))
+    launch(flowq, "--resume", run)
     whole = references[name]
-    assert_same_end(load_script(SCRIPT), run, whole)
-    assert columns_without_time(run) == columns_without_time(whole)
+    assert_same_end(flowq, run, whole)
+    assert rows_without_time(run) == rows_without_time(whole)
 
 
 @pytest.mark.slow
 def test_a_vmapped_seed_equals_its_single_run(flowq, references, data_dir, tmp_path):
     flags = [*TINY, *VARIANTS["maze"], "--dataset-dir", data_dir, "--seed", 1]
-    finish(start(*flags, "--out-dir", tmp_path))
+    launch(flowq, *flags, out_dir=tmp_path)
     trees = [flowq.load_checkpoint(r)[0]["state"] for r in (references["maze"], only_run(tmp_path))]
     for tree in trees:  # without effect at first, so that Adam's first step follows rounding
         del tree["params"]["schedule"]["params"]["MLP_0"]["Dense_2"]["bias"]
@@ -263,7 +229,7 @@ def test_point_maze_is_solved(flowq, tmp_path):
     assert before["success_n1"].mean() <= 0.02
 
     flags = ["--offline-steps", 5_000, "--eval-interval", 5_000, "--eval-candidates", 1]
-    finish(start(*flags, "--out-dir", tmp_path))
+    launch(flowq, *flags, out_dir=tmp_path)
     result = json.loads((only_run(tmp_path) / "result.json").read_text())
     assert len(result["episodes"]["success_n1"][0]) == 50
     assert result["eval/success_n1"] >= 0.8

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, load_script
 from helpers import make_carry
 
+pytestmark = pytest.mark.optimised
 FIXED = [(f, s) for f in ("score", "drop-time", "field") for s in ("t", "t2", "t2_over_1mt")]
 SCHEDULES = ("t", "t2", "t2_over_1mt")
 energy_toy = load_script(ROOT / "benchmark" / "tasks" / "energy_toy.py")
@@ -457,11 +458,13 @@ def check_values(states, expected, tolerance=0.1):
 critics = pytest.mark.parametrize("critic", ["td", "iql"])
 
 
+@pytest.mark.slow
 @critics
 def test_constant_reward(flowq, critic):
     check_values(learn_probe(flowq, critic, probe(lambda s, a: 1.0, lambda s: 0.0), 600), 1.0)
 
 
+@pytest.mark.slow
 @critics
 def test_reward_of_the_observation(flowq, critic):
     check_values(learn_probe(flowq, critic, probe(lambda s, a: s, lambda s: 0.0), 600), OBS)
@@ -482,6 +485,7 @@ def test_two_step_chain(flowq, critic, n_step):
     check_values(learn_probe(flowq, critic, raw, 1_000, n_step), expected, 0.08)
 
 
+@pytest.mark.slow
 @critics
 def test_endless_reward(flowq, critic):
     """Reward 1 for ever, cut by time limits alone: Q = 1 / (1 - gamma) = 5."""

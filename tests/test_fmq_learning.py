@@ -12,6 +12,7 @@ import optax
 import pytest
 from conftest import ROOT, load_script
 
+pytestmark = pytest.mark.optimised
 GAMMA = 0.8
 
 
@@ -156,11 +157,13 @@ def check_values(fmq, states, expected, tolerance=0.12):
     assert np.abs(before - np.asarray(expected)).max() > 3 * tolerance
 
 
+@pytest.mark.slow
 def test_constant_reward(fmq):
     states = learn_probe(fmq, probe(lambda s, a: 1.0, 0, 1), 600)
     check_values(fmq, states, GAMMA)
 
 
+@pytest.mark.slow
 def test_reward_of_the_observation(fmq):
     states = learn_probe(fmq, probe(lambda s, a: s, 0, 1), 800)
     check_values(fmq, states, GAMMA * OBS[:, 0])

@@ -1,22 +1,17 @@
 """Runs of fmq.py survive: kill and resume in both phases, evaluation, branches, bad flags."""
 
-import csv
 import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT, load_script
-from helpers import assert_same_end
+from helpers import assert_same_end, launch, only_run, rows_without_time, start
 
-SCRIPT = ROOT / "algos" / "fmq.py"
 MODES = ("best_of_n", "one_step", "qgbs")
 TINY = "--hidden-dims 8 8 --batch-size 16 --num-samples 2 --learning-starts 20 --horizon 4"
 TINY = (TINY + " --eval-episodes 2 --log-interval 40").split()
@@ -25,31 +20,7 @@ STEPS = ["--offline-steps", 120, "--online-steps", 120, "--eval-interval", 120]
 
 @pytest.fixture(scope="module")
 def fmq():
-    return load_script(SCRIPT)
-
-
-def start(*flags, out_dir=None):
-    """Start a training process; its output is readable from .stdout and .stderr."""
-    flags = [*flags, "--out-dir", str(out_dir)] if out_dir else flags
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, str(SCRIPT), *map(str, flags)], **pipes)
-
-
-def finish(process, code=0, timeout=300):
-    out, err = process.communicate(timeout=timeout)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
-
-
-def only_run(directory):
-    (run,) = Path(directory).iterdir()
-    return run
-
-
-def rows_without_time(run):
-    with open(run / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    return load_script(ROOT / "algos" / "fmq.py")
 
 
 def carry_of(fmq, run):
@@ -61,10 +32,11 @@ def actor(fmq, run):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+def reference(fmq, data_dir, tmp_path_factory):
     """A run that nobody interrupted, two seeds, both phases."""
     directory = tmp_path_factory.mktemp("reference")
-    finish(start(*TINY, *STEPS, "--num-seeds", 2, out_dir=directory))
+    flags = [*TINY, *STEPS, "--dataset-dir", data_dir, "--num-seeds", 2]
+    launch(fmq, *flags, out_dir=directory)
     return only_run(directory)
 
 
@@ -89,19 +61,20 @@ def test_a_run_leaves_what_it_should(fmq, reference):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["jax", "host"])
-def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path, backend):
+def test_killed_and_resumed_equals_uninterrupted(fmq, reference, data_dir, tmp_path, backend):
     """A kill in each phase; parameters, frozen actor, replay, plans and metrics are the same."""
+    flags = [*TINY, *STEPS, "--dataset-dir", data_dir]
     if backend == "jax":
-        flags = [*TINY, *STEPS, "--num-seeds", 2, "--checkpoint-interval", 8]
+        flags += ["--num-seeds", 2, "--checkpoint-interval", 8]
     else:  # the official point maze, stepped by gymnasium
-        flags = [*TINY, *STEPS, "--eval-episodes", 1, "--eval-modes", "one-step"]
+        flags += ["--eval-episodes", 1, "--eval-modes", "one-step"]
         flags += ["--env-backend", "host", "--checkpoint-interval", 40]
         (tmp_path / "reference").mkdir()
-        finish(start(*flags, out_dir=tmp_path / "reference"))
+        launch(fmq, *flags, out_dir=tmp_path / "reference")
         reference = only_run(tmp_path / "reference")
     directory, rng = tmp_path / "killed", random.Random(0)
     directory.mkdir()
-    process, done = start(*flags, out_dir=directory), 0
+    process, done = start("fmq", *flags, out_dir=directory), 0
     for phase in ("offline", "online"):
         while process.poll() is None:
             tables = [path.read_text() for path in directory.glob("*/metrics.csv")]
@@ -111,29 +84,30 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path, backend):
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 done += 1
-                process = start("--resume", only_run(directory))
+                process = start("fmq", "--resume", only_run(directory))
                 break
             time.sleep(0.001)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0 or "is complete" in err, err
     assert done >= 1
     runs = only_run(directory), reference
-    assert_same_end(load_script(SCRIPT), *runs)
+    assert_same_end(fmq, *runs)
     assert rows_without_time(runs[0]) == rows_without_time(runs[1])
 
 
 @pytest.mark.slow
-def test_a_vmapped_seed_equals_its_single_run(fmq, reference, tmp_path):
-    finish(start(*TINY, *STEPS, "--seed", 1, out_dir=tmp_path))
+def test_a_vmapped_seed_equals_its_single_run(fmq, reference, data_dir, tmp_path):
+    launch(fmq, *TINY, *STEPS, "--dataset-dir", data_dir, "--seed", 1, out_dir=tmp_path)
     for a, b in zip(actor(fmq, reference), actor(fmq, only_run(tmp_path)), strict=True):
         np.testing.assert_allclose(a[1], b[0], atol=1e-5)
     assert any(not np.allclose(a[0], a[1]) for a in actor(fmq, reference))
 
 
-def test_evaluate_repeats_the_final_evaluation(reference):
-    out, _ = finish(start("--evaluate", reference))
+def test_evaluate_repeats_the_final_evaluation(fmq, reference):
+    out, _ = launch(fmq, "--evaluate", reference)
     result = json.loads((reference / "result.json").read_text())
     lines = [line.split() for line in out.splitlines()]
+    assert result["seeds"] == [0, 1]
     for mode in MODES:
         header = next(i for i, line in enumerate(lines) if f"success_{mode}" in line)
         for i, seed in enumerate(result["seeds"]):
@@ -143,30 +117,32 @@ def test_evaluate_repeats_the_final_evaluation(reference):
 
 
 @pytest.mark.slow
-def test_two_branches_from_one_offline_checkpoint(fmq, tmp_path):
+def test_two_branches_from_one_offline_checkpoint(fmq, data_dir, tmp_path):
     """An offline run, copied and continued with either objective: same start, own ends."""
     flags = [*TINY, "--offline-steps", 80, "--online-steps", 0, "--eval-interval", 80]
-    finish(start(*flags, "--eval-modes", "one-step", out_dir=tmp_path / "runs"))
+    flags += ["--dataset-dir", data_dir, "--eval-modes", "one-step"]
+    launch(fmq, *flags, out_dir=tmp_path / "runs")
     run = only_run(tmp_path / "runs")
     before = actor(fmq, run)
     ends = {}
     for objective in ("fmq", "mvp"):
         branch = shutil.copytree(run, tmp_path / objective)
         more = ["--online-steps", 80, "--online-objective", objective]
-        finish(start("--resume", branch, *more))
+        launch(fmq, "--resume", branch, *more)
         state = carry_of(fmq, branch)["state"]
         ends[objective] = jax.tree.leaves(state["params"]["actor"])
         frozen = jax.tree.leaves(state["offline_actor"])
         assert all(np.array_equal(a, b) for a, b in zip(before, frozen, strict=True))
         assert state["pessimistic"] == (objective == "fmq")
-        _, err = finish(start("--resume", branch, "--eta", 0.5, "--online-steps", 160), code=2)
+        _, err = launch(fmq, "--resume", branch, "--eta", 0.5, "--online-steps", 160, code=2)
         assert "--eta was 2.0" in err and "cannot change" in err
     assert not any(np.array_equal(a, b) for a, b in zip(*ends.values(), strict=True))
 
 
 @pytest.mark.slow
-def test_q_chunking_runs(tmp_path):
-    finish(start(*TINY, *STEPS, "--actor", "flow", "--flow-steps", 2, out_dir=tmp_path))
+def test_q_chunking_runs(fmq, data_dir, tmp_path):
+    flags = [*TINY, *STEPS, "--dataset-dir", data_dir, "--actor", "flow", "--flow-steps", 2]
+    launch(fmq, *flags, out_dir=tmp_path)
     row = rows_without_time(only_run(tmp_path))[-1]
     assert float(row["train/diagonal_loss"]) > 0 and "train/consistency_loss" not in row
     assert all(row[f"eval/success_{mode}"] for mode in MODES)

@@ -545,7 +545,13 @@ def separate_losses(gsflow, args, nets, state, batch, key, settings):
     return {names: of_group(names, loss) for names, loss in losses.items()}
 
 
-@pytest.mark.parametrize("flags", COMBINATIONS.values(), ids=COMBINATIONS)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(flags, id=name, marks=[pytest.mark.slow] if "alone" in name else [])
+        for name, flags in COMBINATIONS.items()
+    ],
+)
 def test_joint_gradient_equals_separate_ones(gsflow, monkeypatch, flags):
     """The gradient inside `update`, seen through SGD of step 1; then central differences."""
     monkeypatch.setattr(gsflow, "optimizer", lambda args: optax.sgd(1.0))
@@ -641,7 +647,9 @@ def float64_run(gsflow, args, obs_dim=2, act_dim=2):
     return data, carry, settings, nets
 
 
-@pytest.mark.parametrize("flags", [{}, FQL], ids=["gsflow", "fql"])
+@pytest.mark.parametrize(
+    "flags", [pytest.param({}, id="gsflow", marks=pytest.mark.slow), pytest.param(FQL, id="fql")]
+)
 def test_one_dispatch_of_many_updates_equals_single_updates(gsflow, flags):
     """20 updates of 3 seeds in one program against calls one by one, and seed by seed."""
     with jax.enable_x64(True):

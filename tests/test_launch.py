@@ -423,7 +423,9 @@ def test_readme_launcher_commands(capsys, tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     module = load_script(LAUNCH)
     monkeypatch.chdir(tmp_path)
-    for line in re.findall(r"^python benchmark/launch\.py([^\n]*)", text, re.M):
+    lines = re.findall(r"^python benchmark/launch\.py([^\n]*)", text, re.M)
+    assert lines
+    for line in lines:
         words = shlex.split(line.split("  #")[0])
         if "--workers" in words:
             words[words.index("--workers") + 1] = "0"  # print, do not run
@@ -432,6 +434,7 @@ def test_readme_launcher_commands(capsys, tmp_path, monkeypatch):
 
 
 # ---- a real run ----
+@pytest.mark.slow
 def test_real_run(tmp_path):
     tiny = "--hidden-dims 8 8 --prior-hidden-dims 8 --batch-size 16 --offline-steps 40 "
     tiny += "--eval-interval 20 --eval-episodes 10 --updates-per-dispatch 20 --num-seeds 2"

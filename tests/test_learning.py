@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.optimised
 FQL = ["--prior", "gaussian", "--student", "deterministic"]
 
 

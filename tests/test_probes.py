@@ -9,6 +9,7 @@ import optax
 import pytest
 from helpers import FQL, make_carry, make_settings, resolved
 
+pytestmark = pytest.mark.optimised
 GAMMA = 0.8
 METHODS = {"gsflow": {}, "fql": FQL}
 LEARNER = dict(
@@ -91,6 +92,7 @@ OBS, ACTIONS = [-1, -1, -1, 1, 1, 1], [-0.8, 0, 0.8, -0.8, 0, 0.8]
 methods = pytest.mark.parametrize("method", METHODS)
 
 
+@pytest.mark.slow
 @methods
 def test_constant_reward(gsflow, method):
     raw = probe(lambda s, a: 1.0, lambda s: 0.0)
@@ -98,6 +100,7 @@ def test_constant_reward(gsflow, method):
     check_values(gsflow, method, states, OBS, ACTIONS, 1.0)
 
 
+@pytest.mark.slow
 @methods
 def test_reward_of_the_observation(gsflow, method):
     raw = probe(lambda s, a: s, lambda s: 0.0)
@@ -114,6 +117,7 @@ def test_two_step_chain(gsflow, method, n_step):
     check_values(gsflow, method, states, OBS, ACTIONS, expected, tolerance=0.08)
 
 
+@pytest.mark.slow
 @methods
 def test_endless_reward(gsflow, method):
     """Reward 1 for ever, cut by time limits alone: Q = 1 / (1 - gamma) = 5."""
@@ -122,6 +126,7 @@ def test_endless_reward(gsflow, method):
     check_values(gsflow, method, states, OBS, ACTIONS, 5.0, tolerance=0.3)
 
 
+@pytest.mark.slow
 @methods
 def test_reward_of_the_action(gsflow, method):
     """Best action 0.5: the student goes there, whatever its noise."""

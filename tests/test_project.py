@@ -108,9 +108,9 @@ def test_help_explains_every_flag(script):
 def test_readme_commands_use_flags_that_exist():
     pages = [ROOT / "README.md", *(ROOT / "benchmark").glob("*.md")]
     text = "\n".join(page.read_text() for page in pages)
-    for line in re.findall(r"python algos/(\w+)\.py([^\n`#]*)", text):
-        script, rest = line
-        assert script in SCRIPTS, f"README runs algos/{script}.py, which does not exist"
+    lines = re.findall(r"python algos/(\w+)\.py([^\n`#]*)", text)
+    assert {script for script, _ in lines} == set(SCRIPTS), "README runs a script that is not there"
+    for script, rest in lines:
         known = {f.name for f in dataclasses.fields(load_script(ROOT / f"algos/{script}.py").Args)}
         for flag in re.findall(r"--([a-z-]+)", rest):
             assert flag.removeprefix("no-").replace("-", "_") in known | {"help"} | ALIASES, (

@@ -1,60 +1,30 @@
 """Runs survive: kill and resume, damaged checkpoints, interrupts, bad input."""
 
-import csv
 import fcntl
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, load_script
-from helpers import assert_same_end
+from helpers import assert_same_end, finish, launch, only_run, rows_without_time, start
 
-SCRIPT = ROOT / "algos" / "gsflow.py"
 TINY = "--hidden-dims 8 8 --prior-hidden-dims 8 --batch-size 16 --num-candidates 2 --flow-steps 2"
 TINY = (TINY + " --eval-episodes 3 --updates-per-dispatch 20").split()
 BANDIT = ["--env-id", "multi-crescent", *TINY]
 BOTH_PHASES = [*BANDIT, "--offline-steps", 200, "--online-steps", 200, "--eval-interval", 100]
 
 
-def start(*flags, out_dir=None, **options):
-    """Start a training process; its output is readable from .stdout and .stderr."""
-    flags = [*flags, "--out-dir", str(out_dir)] if out_dir else flags
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
-    return subprocess.Popen(command, **pipes, **options)
-
-
-def finish(process, code=0, timeout=300):
-    out, err = process.communicate(timeout=timeout)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
-
-
-def only_run(directory):
-    (run,) = Path(directory).iterdir()
-    return run
-
-
-def columns_without_time(run):
-    with open(run / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+def reference(gsflow, tmp_path_factory):
     """A run that nobody interrupted, two seeds, both phases."""
     directory = tmp_path_factory.mktemp("reference")
-    finish(start(*BOTH_PHASES, "--num-seeds", 2, out_dir=directory))
+    launch(gsflow, *BOTH_PHASES, "--num-seeds", 2, out_dir=directory)
     return only_run(directory)
 
 
@@ -69,14 +39,14 @@ def test_a_run_leaves_what_it_should(reference):
     assert np.shape(result["episodes"]["return"]) == (2, 3)
     args = json.loads((reference / "args.json").read_text())["args"]
     assert args["alpha"] is not None and args["target_entropy"] == -1.0
-    rows = columns_without_time(reference)
+    rows = rows_without_time(reference)
     assert [r["step"] for r in rows[::2]] == [str(s) for s in range(20, 401, 20)]
 
 
 def kill_and_resume(flags, directory, kills, rng):
     """Train to the end through `kills` SIGKILLs, each a random moment after a new checkpoint, so
     while the next ones are computed and written. Returns how many kills there were."""
-    process = start(*flags, out_dir=directory)
+    process = start("gsflow", *flags, out_dir=directory)
     checkpoint, seen, done = None, None, 0
     while done < kills and process.poll() is None:
         checkpoint = checkpoint or next(directory.glob("*/checkpoint.msgpack"), None)
@@ -90,14 +60,14 @@ def kill_and_resume(flags, directory, kills, rng):
         seen = checkpoint.exists() and checkpoint.stat().st_mtime_ns
         done += 1
         print(f"kill {done}: {len(list(directory.glob('*/*.tmp')))} half-written file(s)")
-        process = start("--resume", only_run(directory))
+        process = start("gsflow", "--resume", only_run(directory))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0 or "is complete" in err, err
     return done
 
 
-@pytest.mark.parametrize("backend", ["jax", "host"])
-def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path, backend):
+@pytest.mark.parametrize("backend", ["jax", pytest.param("host", marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_uninterrupted(gsflow, reference, data_dir, tmp_path, backend):
     """The last checkpoint (parameters, replay, environments) and all metrics are the same bytes.
 
     CLEANFLOW_KILLS=20 kills more often than the tests have time for.
@@ -106,22 +76,22 @@ def test_killed_and_resumed_equals_uninterrupted(reference, tmp_path, backend):
         flags = [*BOTH_PHASES, "--num-seeds", 2, "--checkpoint-interval", 2]
     else:  # the official point maze, stepped by gymnasium
         flags = [*TINY, "--env-backend", "host", "--eval-episodes", 2, "--eval-interval", 200]
+        flags += ["--dataset-dir", data_dir]
         flags += ["--offline-steps", 40, "--online-steps", 160, "--checkpoint-interval", 5]
         (tmp_path / "reference").mkdir()
-        finish(start(*flags, out_dir=tmp_path / "reference"))
+        launch(gsflow, *flags, out_dir=tmp_path / "reference")
         reference = only_run(tmp_path / "reference")
     (tmp_path / "killed").mkdir()
-    kills = int(os.environ.get("CLEANFLOW_KILLS", 2))
+    kills = int(os.environ.get("CLEANFLOW_KILLS", 1))
     assert kill_and_resume(flags, tmp_path / "killed", kills, random.Random(0)) >= 1
     run = only_run(tmp_path / "killed")
-    assert_same_end(load_script(SCRIPT), run, reference)
-    assert columns_without_time(run) == columns_without_time(reference)
+    assert_same_end(gsflow, run, reference)
+    assert rows_without_time(run) == rows_without_time(reference)
 
 
-def test_evaluation_and_logging_do_not_touch_training(reference, tmp_path):
+def test_evaluation_and_logging_do_not_touch_training(gsflow, reference, tmp_path):
     flags = [*BOTH_PHASES, "--num-seeds", 2, "--eval-interval", 10]
-    finish(start(*flags, out_dir=tmp_path))
-    gsflow = load_script(SCRIPT)
+    launch(gsflow, *flags, out_dir=tmp_path)
     states = [gsflow.load_checkpoint(r)[0] for r in (reference, only_run(tmp_path))]
     assert_same_tree(*[{k: v for k, v in s.items() if k != "sums"} for s in states])
 
@@ -135,77 +105,74 @@ def assert_same_tree(a, b):
         np.testing.assert_array_equal(a, b)
 
 
+SHORT = [*BANDIT, "--offline-steps", 20, "--eval-interval", 20]
+
+
 @pytest.fixture(scope="module")
-def short_runs(tmp_path_factory):
-    """20 offline steps: seeds 0 and 1 together, seed 1 alone, both spread over two devices."""
-    flags = [*BANDIT, "--offline-steps", 20, "--eval-interval", 20]
-    two_devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    variants = {
-        "together": (["--num-seeds", 2], os.environ),
-        "alone": (["--seed", 1], os.environ),
-        "sharded": (["--num-seeds", 2], two_devices),
-    }
-    runs = {}
-    for name, (extra, environment) in variants.items():
-        directory = tmp_path_factory.mktemp(name)
-        finish(start(*flags, *extra, out_dir=directory, env=environment))
-        runs[name] = only_run(directory)
-    return runs
+def together(gsflow, tmp_path_factory):
+    """20 offline steps of seeds 0 and 1."""
+    directory = tmp_path_factory.mktemp("together")
+    launch(gsflow, *SHORT, "--num-seeds", 2, out_dir=directory)
+    return parameters(gsflow, directory)
 
 
-def parameters(run):
-    tree, _ = load_script(SCRIPT).load_checkpoint(run)
-    return jax.tree.map(np.asarray, tree["state"]["params"])
+def parameters(gsflow, directory):
+    tree, _ = gsflow.load_checkpoint(only_run(directory))
+    return jax.tree.leaves(jax.tree.map(np.asarray, tree["state"]["params"]))
 
 
-def test_a_vmapped_seed_equals_its_single_run(short_runs):
-    together, alone = parameters(short_runs["together"]), parameters(short_runs["alone"])
-    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+def test_a_vmapped_seed_equals_its_single_run(gsflow, together, tmp_path):
+    launch(gsflow, *SHORT, "--seed", 1, out_dir=tmp_path)
+    for a, b in zip(together, parameters(gsflow, tmp_path), strict=True):
         np.testing.assert_allclose(a[1], b[0], atol=1e-5)
         assert a.ndim == 1 or np.all(a == 0) or not np.array_equal(a[0], a[1])
 
 
-def test_seeds_spread_over_devices_give_the_same(short_runs):
-    facts = json.loads((short_runs["sharded"] / "args.json").read_text())
+def test_seeds_spread_over_devices_give_the_same(gsflow, together, tmp_path):
+    two_devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    finish(start("gsflow", *SHORT, "--num-seeds", 2, out_dir=tmp_path, env=two_devices))
+    facts = json.loads((only_run(tmp_path) / "args.json").read_text())
     assert facts["device"].startswith("2 x ")
-    together, sharded = parameters(short_runs["together"]), parameters(short_runs["sharded"])
-    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(sharded), strict=True):
+    for a, b in zip(together, parameters(gsflow, tmp_path), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_evaluate_repeats_the_final_evaluation(reference):
-    out, _ = finish(start("--evaluate", reference))
+def test_evaluate_repeats_the_final_evaluation(gsflow, reference):
+    out, _ = launch(gsflow, "--evaluate", reference)
     result = json.loads((reference / "result.json").read_text())
+    assert result["seeds"] == [0, 1]
     for i, seed in enumerate(result["seeds"]):
         expected = [f"{np.mean(result['episodes'][k][i]):.2f}" for k in ("success", "return")]
         assert [str(seed), *expected] == out.splitlines()[2 + i].split()[:3]
 
 
-def test_evaluate_with_another_temperature(reference):
-    out, _ = finish(start("--evaluate", reference, "--eval-temperature", 1))
+def test_evaluate_with_another_temperature(gsflow, reference):
+    out, _ = launch(gsflow, "--evaluate", reference, "--eval-temperature", 1)
     assert len(out.splitlines()) == 5
-    _, err = finish(start("--evaluate", reference, "--alpha", 1), code=2)
+    _, err = launch(gsflow, "--evaluate", reference, "--alpha", 1, code=2)
     assert "--alpha was" in err
 
 
-def test_killed_between_last_checkpoint_and_result(reference, tmp_path):
+def test_killed_between_last_checkpoint_and_result(gsflow, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    finish(start("--resume", tmp_path / "run"))
+    launch(gsflow, "--resume", tmp_path / "run")
     before, after = (
         json.loads((r / "result.json").read_text()) for r in (reference, tmp_path / "run")
     )
     assert before["episodes"] == after["episodes"]
     assert before["eval/success_last_three"] == after["eval/success_last_three"]
-    _, err = finish(start("--resume", tmp_path / "run"), code=2)
+    _, err = launch(gsflow, "--resume", tmp_path / "run", code=2)
     assert "is complete" in err
 
 
-def test_ctrl_c_reaches_a_run_with_official_environments(tmp_path):
+@pytest.mark.slow
+def test_ctrl_c_reaches_a_run_with_official_environments(data_dir, tmp_path):
     """The terminal sends SIGINT to the workers too; only the main process may answer."""
     flags = [*TINY, "--env-backend", "host", "--offline-steps", 20, "--online-steps", 100_000]
     flags += ["--eval-episodes", 1, "--eval-interval", 20, "--checkpoint-interval", 20]
-    process = start(*flags, out_dir=tmp_path, start_new_session=True)
+    flags += ["--dataset-dir", data_dir]
+    process = start("gsflow", *flags, out_dir=tmp_path, start_new_session=True)
     while len(list(tmp_path.glob("*/checkpoint.*"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)
@@ -217,28 +184,30 @@ def test_ctrl_c_reaches_a_run_with_official_environments(tmp_path):
 @pytest.mark.parametrize(
     "number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
-def test_interrupt_saves_and_says_how_to_resume(tmp_path, number, code):
+def test_interrupt_saves_and_says_how_to_resume(gsflow, tmp_path, number, code):
     flags = [*BANDIT, "--offline-steps", 10_000_000, "--eval-interval", 10_000_000]
-    process = start(*flags, out_dir=tmp_path)
-    while not list(tmp_path.glob("*/metrics.csv")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, err = finish(process, code)
+
+    def send():  # to this process, where the run is
+        while not list(tmp_path.glob("*/metrics.csv")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    _, err = launch(gsflow, *flags, out_dir=tmp_path, code=code)
     run = only_run(tmp_path)
     assert f"--resume {run}" in err and "Traceback" not in err
-    facts = load_script(SCRIPT).load_checkpoint(run)[1]
+    facts = gsflow.load_checkpoint(run)[1]
     assert facts["step"] > 0
     total = 20 * (facts["step"] // 20 + 2)
-    out, _ = finish(start("--resume", run, "--offline-steps", total))
+    out, _ = launch(gsflow, "--resume", run, "--offline-steps", total)
     assert f"steps {total:,}" in out
 
 
-def test_more_online_steps_on_resume_equal_a_longer_run(reference, tmp_path):
+def test_more_online_steps_on_resume_equal_a_longer_run(gsflow, reference, tmp_path):
     shorter = [*BOTH_PHASES, "--num-seeds", 2, "--online-steps", 100]
-    finish(start(*shorter, out_dir=tmp_path))
-    finish(start("--resume", only_run(tmp_path), "--online-steps", 200))
-    load = load_script(SCRIPT).load_checkpoint
+    launch(gsflow, *shorter, out_dir=tmp_path)
+    launch(gsflow, "--resume", only_run(tmp_path), "--online-steps", 200)
+    load = gsflow.load_checkpoint
     assert_same_tree(load(reference)[0], load(only_run(tmp_path))[0])
 
 
@@ -259,15 +228,14 @@ def test_empty_metrics_and_what_args_json_keeps(gsflow, reference, tmp_path):
     (run / "metrics.csv").write_bytes(b"")
     facts = json.loads((run / "args.json").read_text())
     (run / "args.json").write_text(json.dumps(facts | {"commit": "of the start"}))
-    finish(start("--resume", run, "--online-steps", 220))
+    launch(gsflow, "--resume", run, "--online-steps", 220)
     facts = json.loads((run / "args.json").read_text())
     assert facts["commit"] == "of the start" and facts["args"]["online_steps"] == 220
     assert [r["step"] for r in facts["resumes"]] == [400]
-    assert columns_without_time(run)[-1]["step"] == "420"
+    assert rows_without_time(run)[-1]["step"] == "420"
 
 
-def test_damaged_checkpoints_are_noticed(reference, tmp_path, capsys):
-    gsflow = load_script(SCRIPT)
+def test_damaged_checkpoints_are_noticed(gsflow, reference, tmp_path, capsys):
     path = tmp_path / "checkpoint.msgpack"
     intact = (reference / "checkpoint.msgpack").read_bytes()
     before, facts = gsflow.load_checkpoint(reference)
@@ -308,9 +276,9 @@ def test_disk_full_leaves_the_checkpoint_before(gsflow, tmp_path, monkeypatch, c
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.msgpack"]
 
 
-def test_divergence_stops_with_names_and_the_last_good_step(tmp_path):
+def test_divergence_stops_with_names_and_the_last_good_step(gsflow, tmp_path):
     flags = [*BANDIT, "--offline-steps", 4000, "--learning-rate", 1e30, "--eval-interval", 4000]
-    _, err = finish(start(*flags, out_dir=tmp_path), code=2)
+    _, err = launch(gsflow, *flags, out_dir=tmp_path, code=2)
     assert "not finite" in err and "critic_loss" in err and "Traceback" not in err
 
 
@@ -465,17 +433,17 @@ def test_flags_that_do_not_fit_a_run(gsflow, reference, capsys, flags, message):
     assert sorted(path.name for path in reference.iterdir()) == before
 
 
-def test_resume_on_other_data_is_refused(tmp_path):
+def test_resume_on_other_data_is_refused(gsflow, tmp_path):
     """The dataset's checksum is part of a run; the same file, or nothing."""
     path = tmp_path / "pointmaze-medium-navigate-v0.npz"
     np.savez(path, **good_file())
     flags = [*TINY, "--dataset-dir", tmp_path, "--offline-steps", 20, "--eval-interval", 20]
-    finish(start(*flags, "--eval-episodes", 1, out_dir=tmp_path / "runs"))
+    launch(gsflow, *flags, "--eval-episodes", 1, out_dir=tmp_path / "runs")
     run = only_run(tmp_path / "runs")
-    finish(start("--resume", run, "--offline-steps", 40))
+    launch(gsflow, "--resume", run, "--offline-steps", 40)
     np.savez(path, **good_file() | {"actions": np.zeros((40, 2), np.float32)})
     before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
-    _, err = finish(start("--resume", run, "--offline-steps", 60), code=2)
+    _, err = launch(gsflow, "--resume", run, "--offline-steps", 60, code=2)
     assert "was started on other data (official)" in err and err.count("\n") == 1
     assert before == {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
 

@@ -1,11 +1,7 @@
 """SAC Flow's environments and runs: ends of episodes, schedules, resume, bad flags, learning."""
 
-import csv
 import functools
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
@@ -15,10 +11,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 from gymnasium.experimental.functional import FuncEnv
-from helpers import assert_same_end
+from helpers import assert_same_end, launch, only_run, rows_without_time
 from test_sac_flow_policies import step_gradients
 
-SCRIPT = ROOT / "algos" / "sac_flow.py"
 PENDULUM = "phys2d/Pendulum-v0"
 TINY = dict(hidden_dim=8, d_model=8, critic_hidden_dims=(8,), batch_size=8, flow_steps=2)
 FLAGS = "--hidden-dim 8 --d-model 8 --critic-hidden-dims 8 --batch-size 8 --flow-steps 2"
@@ -27,7 +22,7 @@ FLAGS = [*FLAGS.split(), "--updates-per-dispatch", "20", "--eval-episodes", "2"]
 
 @pytest.fixture(scope="session")
 def sac():
-    return load_script(SCRIPT)
+    return load_script(ROOT / "algos" / "sac_flow.py")
 
 
 def make_args(sac, env_id, **flags):
@@ -355,24 +350,6 @@ def test_chunks_are_played_open_loop_and_end_with_the_episode(
 # ---- runs ----
 
 
-def launch(*flags, code=0):
-    command = [sys.executable, str(SCRIPT), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == code, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def only_run(directory):
-    (run,) = Path(directory).iterdir()
-    return run
-
-
-def metrics(run):
-    with open(run / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-
 PENDULUM_RUN = [*FLAGS, "--online-steps", 120, "--learning-starts", 40, "--eval-interval", 40]
 PENDULUM_RUN += ["--checkpoint-interval", 40]
 RUNS = {
@@ -428,15 +405,16 @@ def whole_and_parts(sac, directory, flags, steps, monkeypatch):
         runs.append(only_run(directory / name))
     whole, parts = runs
     assert_same_end(sac, *runs)
-    assert metrics(whole) == metrics(parts)
+    assert rows_without_time(whole) == rows_without_time(parts)
     return whole, parts
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_interrupted_runs_end_bit_identical(sac, name, tmp_path, monkeypatch):
+def test_interrupted_runs_end_bit_identical(sac, name, data_dir, tmp_path, monkeypatch):
     """Stopped at checkpoints in every phase, against a run that nobody interrupted."""
     flags, steps = RUNS[name]
+    flags = flags + ["--dataset-dir", data_dir]
     whole, _ = whole_and_parts(sac, tmp_path, flags, steps, monkeypatch)
     if name == "pendulum":
         check_a_finished_run(sac, whole)
@@ -448,10 +426,10 @@ def check_a_finished_run(sac, run):
     assert result["steps"] == 120 and np.shape(result["episodes"]["return_stochastic"]) == (2, 2)
     assert {"eval/return_deterministic", "eval/return_stochastic_last_three"} <= result.keys()
     assert not [k for k in result if "success" in k]
-    rows = metrics(run)
+    rows = rows_without_time(run)
     assert {"charts/episodic_return", "train/entropy", "train/alpha"} <= rows[0].keys()
     assert all(r["charts/episodic_return"] == "" for r in rows if int(r["step"]) <= 40)
-    out = launch("--evaluate", run).stdout.splitlines()
+    out = launch(sac, "--evaluate", run)[0].splitlines()
     for mode, line in (("stochastic", 2), ("deterministic", 5)):
         for i in (0, 1):
             mean = np.mean(result["episodes"][f"return_{mode}"][i])
@@ -538,6 +516,38 @@ def test_advice_after_divergence_names_flags_of_this_script(sac, tmp_path, capsy
 # ---- learning ----
 
 
+class Bandit(FunctionalCounter):
+    """One step, whose best action is 0.5."""
+
+    def transition(self, state, action, rng=None, params=None):
+        return state[0] + 1, jnp.asarray(True)
+
+    def reward(self, state, action, next_state, rng=None, params=None):
+        return 1 - (action[0] - 0.5) ** 2
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("policy", ["flow-g", pytest.param("flow-t", marks=pytest.mark.slow)])
+def test_bandit_is_learned(sac, policy):
+    """Through both online phases; the actions of two untrained seeds lie elsewhere."""
+    args = make_args(
+        sac, "Hopper-v4", policy=policy, critic="plain", num_envs=8, num_seeds=2, autotune=False,
+        ent_coef=0.01, actor_lr=3e-3, critic_lr=3e-3, tau=0.05, batch_size=64,
+        critic_hidden_dims=(32, 32), learning_starts=400, online_steps=2_400,
+    )  # fmt: skip
+    env = Bandit()
+    nets, carry = start(sac, args, env)
+    policy = jax.vmap(sac.make_policy(nets, args), (None, None, 0))
+    act = jax.jit(jax.vmap(policy, (0, None, None)))
+    actions = lambda: act(carry["state"], jnp.zeros(1), jax.random.split(jax.random.key(0), 200))
+    before = np.asarray(actions())[..., 0]
+    for phase in sac.make_phases(sac.parse_task("Hopper-v4"), env, None, nets, args, (1, 1)):
+        carry = phase.advance(phase.enter(carry), (phase.end - phase.start) // phase.stride)
+    after = np.asarray(actions())[..., 0]
+    assert np.abs(before - 0.5).mean(axis=1).min() > 0.3
+    assert np.abs(after - 0.5).mean(axis=1).max() < 0.15, after.mean(axis=1)
+
+
 def returns_of(sac, args, task, state):
     policies = sac.evaluation_policies(sac.make_networks(args, 1), args)
     return sac.make_evaluate(task, sac.Pendulum(), policies, args)(state, 0)
@@ -553,7 +563,7 @@ def test_pendulum_is_learned(tmp_path, sac):
     random = lambda state, obs, key: jax.random.uniform(key, (1,), minval=-2, maxval=2)
     evaluate = sac.make_evaluate(task, sac.Pendulum(), {"": random}, args)
     chance = evaluate(untrained, 0)["return"].mean()
-    launch("--online-steps", 10_000, "--eval-interval", 5_000, "--out-dir", tmp_path)
+    launch(sac, "--online-steps", 10_000, "--eval-interval", 5_000, out_dir=tmp_path)
     run = only_run(tmp_path)
     result = json.loads((run / "result.json").read_text())
     assert len(result["episodes"]["return_stochastic"][0]) == 50

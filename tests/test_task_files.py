@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, SCRIPTS, load_script
+from helpers import launch, only_run
 
 TINY = {
     "gsflow": "--hidden-dims 8 --prior-hidden-dims 8 --num-candidates 2 --flow-steps 2",
@@ -27,11 +28,12 @@ def flags_of(script):
     return [*TINY[script].split(), *SHORT.split(), *online.split()]
 
 
-def launch(path, *flags, code=0, **options):
+def run_file(path, *flags):
+    """What the file prints as a process of its own."""
     command = [sys.executable, str(path), *map(str, flags)]
-    out = subprocess.run(command, capture_output=True, text=True, **options)
-    assert out.returncode == code, out.stdout + out.stderr
-    return out
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -46,33 +48,38 @@ def example(tmp_path_factory):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_readme_example_runs(script, example, tmp_path):
-    path = ROOT / "algos" / f"{script}.py"
-    launch(path, "--env-id", f"{example}:reach", *flags_of(script), "--out-dir", tmp_path)
-    (run,) = tmp_path.iterdir()
+    module = load_script(ROOT / "algos" / f"{script}.py")
+    launch(module, "--env-id", f"{example}:reach", *flags_of(script), out_dir=tmp_path)
+    run = only_run(tmp_path)
     assert run.name.startswith("my_task-reach")
     result = json.loads((run / "result.json").read_text())
     assert result["steps"] == (20 if script == "flowq" else 40)
     assert any(k.startswith("eval/success") for k in result)
-    assert (
-        f"{example}:reach"
-        in launch(path, "--evaluate", run).stdout + (run / "args.json").read_text()
-    )
+    out, _ = launch(module, "--evaluate", run)
+    assert f"{example}:reach" in out + (run / "args.json").read_text()
 
 
+@pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_script_alone_in_an_empty_folder(script, tmp_path):
+def test_script_alone_in_an_empty_folder(script, process, tmp_path, monkeypatch):
     """Help, a run, its continuation and its evaluation need nothing of the repository."""
-    path = shutil.copy(ROOT / "algos" / f"{script}.py", tmp_path / "mine.py")
-    assert "--env-id" in launch(path, "--help", cwd=tmp_path).stdout
-    flags = [*flags_of(script), "--env-id", "pointmaze-medium", "--out-dir", "out"]
-    launch(path, *flags, cwd=tmp_path)
-    (run,) = (tmp_path / "out").iterdir()
+    monkeypatch.chdir(tmp_path)
+    path = shutil.copy(ROOT / "algos" / f"{script}.py", tmp_path / f"my_{script}.py")
+    if process:
+        assert "--env-id" in run_file(path, "--help")
+        call = lambda *flags: run_file(path, *flags)
+    else:
+        module = load_script(path)
+        monkeypatch.setattr(module, "AUTO_COLLECT", 2_000)
+        call = lambda *flags: launch(module, *flags)[0]
+    call(*flags_of(script), "--env-id", "pointmaze-medium", "--out-dir", "out")
+    run = only_run("out")
     more = "--offline-steps" if script == "flowq" else "--online-steps"
-    launch(path, "--resume", run, more, 40, cwd=tmp_path)
+    call("--resume", run, more, 40)
     assert json.loads((run / "result.json").read_text())["steps"] == (
         40 if script == "flowq" else 60
     )
-    assert "pointmaze-medium" in launch(path, "--evaluate", run, cwd=tmp_path).stdout
+    assert "pointmaze-medium" in call("--evaluate", run)
     assert "resumes" in json.loads((run / "args.json").read_text())
 
 
