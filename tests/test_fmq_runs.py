@@ -165,6 +165,18 @@ def test_two_branches_from_one_offline_checkpoint(fmq, tmp_path):
 
 
 @pytest.mark.slow
+def test_start_from_equals_one_go(fmq, reference, tmp_path):
+    """Offline alone, then a new run from its end, against both phases at once."""
+    flags = [*TINY, *STEPS, "--online-steps", 0, "--num-seeds", 2]
+    finish(start(*flags, out_dir=tmp_path / "offline"))
+    run = only_run(tmp_path / "offline")
+    finish(start("--start-from", run, "--online-steps", 120, out_dir=tmp_path / "online"))
+    new = only_run(tmp_path / "online")
+    assert_same_end(fmq, reference, new)
+    assert rows_without_time(reference) == rows_without_time(run) + rows_without_time(new)
+
+
+@pytest.mark.slow
 def test_q_chunking_runs(tmp_path):
     finish(start(*TINY, *STEPS, "--actor", "flow", "--flow-steps", 2, out_dir=tmp_path))
     row = rows_without_time(only_run(tmp_path))[-1]
