@@ -113,6 +113,8 @@ class Args:
     evaluate: str | None = None
     """run directory: load its checkpoint, evaluate, print a table, train nothing"""
     resume: str | None = None  # run directory: continue it exactly where its last checkpoint stands
+    start_from: str = ""
+    """run directory: a new run from the end of its offline phase; its flags are the defaults"""
     wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """float32 matmuls: JAX's default (TF32 on recent GPUs), high or highest"""
@@ -1662,6 +1664,7 @@ REMEDY[errno.EAGAIN] = "it is in use by another process: wait for it to end"  # 
 FREE = ("online_steps", "eval_interval", "eval_episodes", "checkpoint_interval")
 # What a checkpoint knows of its run, as it is at the start
 PROGRESS = dict(step=0, train_seconds=0, log_seconds=0, updates_per_s=0, csv_bytes=0, evals=())
+PROGRESS["diverged"] = {}  # seed (a string): before which step
 
 
 def purpose_key(seed, purpose, *numbers):
@@ -1736,16 +1739,16 @@ def write_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(run_dir, carry, facts):
+def save_checkpoint(run_dir, carry, facts, name="checkpoint"):
     """Everything that training changes, and facts of the run, with a checksum."""
     tree = flax.serialization.to_state_dict(jax.device_get(carry))
     body = flax.serialization.msgpack_serialize({"facts": json.dumps(facts), "carry": tree})
-    write_file(run_dir / "checkpoint.msgpack", MAGIC + hashlib.sha256(body).digest() + body)
+    write_file(run_dir / f"{name}.msgpack", MAGIC + hashlib.sha256(body).digest() + body)
 
 
-def load_checkpoint(run_dir):
+def load_checkpoint(run_dir, name="checkpoint"):
     """Newest intact checkpoint of a run -> (nested dict of arrays, facts)."""
-    newest = Path(run_dir) / "checkpoint.msgpack"
+    newest = Path(run_dir) / f"{name}.msgpack"
     for path in filter(Path.is_file, (newest, newest.with_suffix(".previous"))):
         content = path.read_bytes()
         digest, body = content[len(MAGIC) :][:32], content[len(MAGIC) + 32 :]
@@ -1753,7 +1756,7 @@ def load_checkpoint(run_dir):
             stored = flax.serialization.msgpack_restore(body)
             return stored["carry"], json.loads(stored["facts"])
         print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
-    raise UserError(f"no intact checkpoint in {run_dir}; start a new run if there was none yet")
+    raise UserError(f"no intact {newest.name} in {run_dir}; it got not so far, so start a new run")
 
 
 def restore(template, tree, run_dir):
@@ -1773,7 +1776,7 @@ def restore(template, tree, run_dir):
         tree = jax.tree_util.tree_map_with_path(put, target, tree)
     except (ValueError, AttributeError) as e:
         why = str(e).splitlines()[0][:200]
-        raise UserError(f"the checkpoint in {run_dir} does not fit its args.json: {why}") from e
+        raise UserError(f"the checkpoint in {run_dir} does not fit the arguments: {why}") from e
     return flax.serialization.from_state_dict(template, tree)
 
 
@@ -1785,15 +1788,18 @@ def start_states(args, obs_dim, act_dim, mean, std):
 
 
 def resume(carry, phases, args):
-    """--resume: (the carry of the run's last checkpoint, its facts); else the carry given, none."""
-    if not args.resume:
+    """--resume, --start-from: (the carry of that run's last checkpoint, or of the one at the end of
+    its offline phase, the checkpoint's facts); else the carry given, none."""
+    run_dir, name = (args.resume, "checkpoint") if args.resume else (args.start_from, "offline")
+    if not run_dir:
         return carry, {}
-    tree, facts = load_checkpoint(args.resume)
+    tree, facts = load_checkpoint(run_dir, name)
     step, end = facts["step"], phases[-1].end
-    if step > end or (step == end and (Path(args.resume) / "result.json").exists()):
-        raise UserError(f"{args.resume} is complete at step {step:,}: add steps or use --evaluate")
+    over = not args.resume or (Path(run_dir) / "result.json").exists()
+    if step > end or (step == end and over):
+        raise UserError(f"{run_dir} is complete at step {step:,}: add steps or use --evaluate")
     phase = next(p for p in phases if step <= p.end)  # in which the checkpoint was made
-    carry = restore(phase.enter(carry), tree, args.resume)
+    carry = restore(phase.enter(carry), tree, run_dir)
     return (phase.restart(carry) if phase.restart else carry), facts
 
 
@@ -1810,14 +1816,17 @@ def read_args(run_dir, argv, default):
     if algo != ALGO:
         raise UserError(f"{run_dir} is a run of {algo}.py; use that script")
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+    known |= dict(resume=None, evaluate=None)
     args = tyro.cli(type(default), args=argv, default=type(default)(**known))
     free = {"resume", "evaluate", *FREE}
     free |= set() if known.get("online_steps") else {"offline_steps", *FREE_ALSO}
     free |= {"env_backend", *EVALUATION_FLAGS} if args.evaluate else set()
+    if args.start_from and not (args.resume or args.evaluate):  # networks' sizes: see `restore`
+        free = known.keys() - {"offline_steps", "seed", "num_seeds"}
     for name, old in known.items():
         if getattr(args, name) != old and name not in free:
             name = f"--{name.replace('_', '-')}"
-            raise UserError(f"{name} was {old} in {run_dir} and cannot change; start a new run")
+            raise UserError(f"{name} was {old!r} in {run_dir} and cannot change; start a new run")
     return args
 
 
@@ -1896,9 +1905,14 @@ class Run:
         self.signal = number
         print("\nstopping soon; once more to stop at once", file=sys.stderr, flush=True)
 
+    @property
+    def left(self):
+        """Indices of the seeds that have not diverged: results are theirs."""
+        return [i for i, seed in enumerate(self.seeds) if str(seed) not in self.diverged]
+
     def dispatch(self, carry):
         """Iterations of about a second, up to the next thing that is due -> (carry, whether to log,
-        to evaluate, to save). Stops if the training diverged."""
+        to evaluate, to save). A seed that diverged is named and left out; without any, stops."""
         phase, args, before = self.phase, self.args, self.step
         due = (args.log_interval, args.eval_interval, args.checkpoint_interval)
         due = [min(phase.end, (before // interval + 1) * interval) for interval in due]
@@ -1917,11 +1931,16 @@ class Run:
             self.said, speed = time.perf_counter(), self.rate * phase.stride
             eta = (phase.end - self.step) / speed
             print(f"{phase.name} {self.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
-        if broken := [k for k, v in sums.items() if "train/" in k and not np.isfinite(v).all()]:
+        for i in self.left:
+            broken = [k for k, v in sums.items() if "train/" in k and not np.isfinite(v[i]).all()]
+            if broken:
+                self.diverged = self.diverged | {str(self.seeds[i]): self.step}
+                what = f"diverged before step {self.step:,}: {', '.join(broken)} not finite"
+                tqdm.write(f"seed {self.seeds[i]} {what}")
+        if not self.left:
             rates = [k.replace("_", "-") for k in vars(args) if k.endswith(("_lr", "ing_rate"))]
             raise UserError(
-                f"training diverged before step {self.step:,}: {', '.join(broken)} not finite; "
-                f"step {self.saved:,} is the last good one in {self.dir}; "
+                f"training {what}; step {self.saved:,} is the last good one in {self.dir}; "
                 f"try a lower --{' or --'.join(rates)}"
             )
         return carry, *(self.step >= step for step in due)
@@ -1941,13 +1960,14 @@ class Run:
         values |= {f"eval/{k}": results[k].mean(1) if results else np.nan for k in self.metrics}
         if results:
             self.evals = [*self.evals, values[f"eval/{self.metrics[0]}"].tolist()]
-            tqdm.write(f"{self.phase.name} step {self.step:>9,}  {summary(results)}")
+            left = summary({k: v[self.left] for k, v in results.items()})
+            tqdm.write(f"{self.phase.name} step {self.step:>9,}  {left}")
         table = csv.DictWriter(self.csv, ["step", "phase", "seed", *values])
         if self.csv.tell() == 0:
             table.writeheader()
         for i, seed in enumerate(self.seeds):
             row = {k: float(np.broadcast_to(v, seeds)[i]) for k, v in values.items()}
-            row = {k: v for k, v in row.items() if not np.isnan(v)}
+            row = {k: v for k, v in row.items() if i in self.left and not np.isnan(v)}
             table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
             for name, value in row.items():
                 self.writers[i].add_scalar(name, value, self.step)
@@ -1958,16 +1978,22 @@ class Run:
 
     def save(self, carry):
         self.saved, self.csv_bytes = self.step, self.csv.tell()
-        save_checkpoint(self.dir, carry, {k: getattr(self, k) for k in PROGRESS})
+        facts = {k: getattr(self, k) for k in PROGRESS}
+        if self.step == self.args.offline_steps and self.args.start_from is not None:
+            save_checkpoint(self.dir, carry, facts, "offline")  # stays, for --start-from
+        save_checkpoint(self.dir, carry, facts)
 
     def finish(self, results):
         """Write result.json and print the same figures as the last line."""
-        last_three, source = float(np.mean(self.evals[-3:])), self.facts["dataset_source"]
+        left, source = self.left, self.facts["dataset_source"]
+        last_three = float(np.array(self.evals[-3:])[:, left].mean())
+        results = {k: v[left] for k, v in results.items()}
         result = {f"eval/{k}": float(v.mean()) for k, v in results.items()}
         result |= {f"eval/{self.metrics[0]}_last_three": last_three, "steps": self.step}
         result |= {k: self.facts[k] for k in ("dataset_source", "device", "commit")}
         result |= {"train_seconds": self.train_seconds, "updates_per_s": self.updates_per_s}
-        result |= {"seeds": self.seeds, "episodes": {k: v.tolist() for k, v in results.items()}}
+        result |= {"seeds": [self.seeds[i] for i in left], "diverged": self.diverged}
+        result |= {"episodes": {k: v.tolist() for k, v in results.items()}}
         write_file(self.dir / "result.json", result)
         speed = f"train_seconds {self.train_seconds:.0f}  updates_per_s {self.updates_per_s:.1f}"
         print(f"done: {summary(results)}  last three evaluations {last_three:.2f}  steps "
@@ -2018,7 +2044,7 @@ def command_line(main, args_type, argv=None):
     Run.dir = None
     try:
         args = tyro.cli(args_type, args=argv)
-        for run_dir in (args.resume, args.evaluate):
+        for run_dir in (args.start_from or None, args.resume, args.evaluate):
             args = args if run_dir is None else read_args(run_dir, argv, args_type())
         main(args)
         return 0

@@ -140,6 +140,18 @@ def test_two_branches_from_one_offline_checkpoint(fmq, data_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_start_from_equals_one_go(fmq, reference, data_dir, tmp_path):
+    """Offline alone, then a new run from its end, against both phases at once."""
+    flags = [*TINY, *STEPS, "--dataset-dir", data_dir, "--online-steps", 0, "--num-seeds", 2]
+    launch(fmq, *flags, out_dir=tmp_path / "offline")
+    run = only_run(tmp_path / "offline")
+    launch(fmq, "--start-from", run, "--online-steps", 120, out_dir=tmp_path / "online")
+    new = only_run(tmp_path / "online")
+    assert_same_end(fmq, reference, new)
+    assert rows_without_time(reference) == rows_without_time(run) + rows_without_time(new)
+
+
+@pytest.mark.slow
 def test_q_chunking_runs(fmq, data_dir, tmp_path):
     flags = [*TINY, *STEPS, "--dataset-dir", data_dir, "--actor", "flow", "--flow-steps", 2]
     launch(fmq, *flags, out_dir=tmp_path)

@@ -379,9 +379,9 @@ def interrupt_at(sac, run_dir, flags, steps, monkeypatch):
     class Stop(Exception):
         pass
 
-    def save_and_stop(directory, carry, facts):
-        save(directory, carry, facts)
-        if target[0] is not None and facts["step"] >= target[0]:
+    def save_and_stop(directory, carry, facts, *name):
+        save(directory, carry, facts, *name)
+        if not name and target[0] is not None and facts["step"] >= target[0]:
             target[0] = next(wanted, None)
             raise Stop
 
@@ -418,6 +418,24 @@ def test_interrupted_runs_end_bit_identical(sac, name, data_dir, tmp_path, monke
     whole, _ = whole_and_parts(sac, tmp_path, flags, steps, monkeypatch)
     if name == "pendulum":
         check_a_finished_run(sac, whole)
+
+
+@pytest.mark.slow
+def test_start_from_equals_one_go(sac, tmp_path, monkeypatch):
+    """Offline alone, then a new run from its end, against both phases at once."""
+    monkeypatch.setattr(sac.signal, "signal", lambda *_: None)
+    flags, _ = RUNS["pointmaze"]
+    runs = {}
+    for name, more in (("whole", []), ("offline", ["--online-steps", 0]), ("online", None)):
+        if more is None:
+            argv = ["--start-from", runs["offline"], "--online-steps", 60]
+        else:
+            argv = [*flags, *more]
+        argv = [*map(str, argv), "--out-dir", str(tmp_path / name)]
+        assert sac.command_line(sac.main, sac.Args, argv) == 0
+        runs[name] = only_run(tmp_path / name)
+    assert_same_end(sac, runs["whole"], runs["online"])
+    assert metrics(runs["whole"]) == metrics(runs["offline"]) + metrics(runs["online"])
 
 
 def check_a_finished_run(sac, run):
