@@ -152,6 +152,7 @@ class Args:
     eval_interval: Annotated[int | None, tyro.conf.arg(aliases=["--eval-freq"])] = None
     """evaluate every this many steps and at the end of each phase"""
     eval_episodes: int | None = None  # episodes per evaluation, mode of acting and seed
+    eval_all_modes: bool = False  # all modes within a phase too, not just the first
     checkpoint_interval: int | None = None
     """checkpoint every this many steps and at the end; official environments begin new episodes
     there"""
@@ -986,7 +987,7 @@ def train_loop(run, carry, phases, evaluate, nets):
                 zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
                 carry = carry | {"sums": place(zeros, len(run.seeds))}
             if evaluation:
-                results = evaluate(carry["state"], run.step)
+                results = evaluate(carry["state"], run.step, run.step >= phase.end)
                 values |= run.note_evaluation(results)
             if log or evaluation:
                 run.log(values)
@@ -1510,9 +1511,10 @@ def summary(results):
 
 
 def make_evaluate(task, env, policies, args):
-    """Function (state of all seeds, step) -> {metric: (num_seeds, episodes)} of one evaluation.
-    `policies` maps each mode to `policy(state, obs (D,), key) -> (H * A,)`, the actions of the next
-    H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official)."""
+    """Function (state of all seeds, step, every) -> {metric: (num_seeds, episodes)} of one
+    evaluation; of the first mode alone unless `every` or --eval-all-modes. `policies` maps a mode,
+    in which its metrics' names end, to `policy(state, obs (D,), key) -> (H * A,)`, the actions of
+    the next H steps. `env` is the JAX environment or None (official)."""
     seeds, episodes = [args.seed + i for i in range(args.num_seeds)], args.eval_episodes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = len(seeds) * max(1, min(episodes, cores // len(seeds)))
@@ -1531,10 +1533,10 @@ def make_evaluate(task, env, policies, args):
 
     modes = {mode: one_mode(policy) for mode, policy in policies.items()}
 
-    def evaluate(state, step):
-        results = {}
-        for mode, run_episodes in modes.items():
-            result = jax.device_get(run_episodes(state, step))
+    def evaluate(state, step, every=True):
+        results, every = {}, every or getattr(args, "eval_all_modes", False)
+        for mode in list(modes)[: None if every else 1]:
+            result = jax.device_get(modes[mode](state, step))
             if score := task.parts.get("score"):
                 result["score"] = np.vectorize(score, otypes=[float])(result["return"])
             results |= {k: result[k.partition("_")[0]] for k in metric_names(task, [mode])}
@@ -2031,7 +2033,7 @@ PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
 REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}
 FREE_ON_RESUME = ("offline_steps", "online_steps", "eval_interval", "eval_episodes")
-FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate")
+FREE_ON_RESUME += ("eval_all_modes", "checkpoint_interval", "resume", "evaluate")
 # FREE_ALSO, a script's own, are free until its online phase has begun; with --evaluate env_backend
 # and EVALUATION_FLAGS, also its own, are
 
