@@ -138,6 +138,7 @@ class Args:
     eval_interval: Annotated[int | None, tyro.conf.arg(aliases=["--eval-freq"])] = None
     """evaluate every this many steps and at the end of each phase"""
     eval_episodes: int | None = None  # episodes per evaluation, mode of acting and seed
+    eval_all_modes: bool = False  # all modes within a phase too, not just the first
     checkpoint_interval: int | None = None  # steps; official environments begin new episodes there
     offline_schedule: Literal["interleaved", "sequential"] | None = None
     """offline: flow matching and RL on each batch, or flow matching first and RL afterwards"""
@@ -808,7 +809,7 @@ def train_loop(run, carry, phases, evaluate, nets):
         while run.step < phase.end:
             carry, log, evaluation, save = run.dispatch(carry)
             if evaluation:
-                results = evaluate(carry["state"], run.step)
+                results = evaluate(carry["state"], run.step, run.step >= phase.end)
             if log or evaluation:
                 carry = run.log(carry, results if evaluation else None)
             stopping = run.signal and run.step < phases[-1].end
@@ -1321,9 +1322,10 @@ def summary(results):
 
 
 def make_evaluate(task, env, policies, args):
-    """Function (state of all seeds, step) -> {metric: (num_seeds, episodes)} of one evaluation.
-    `policies` maps each mode to `policy(state, obs (D,), key) -> (H * A,)`, the actions of the next
-    H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official)."""
+    """Function (state of all seeds, step, every) -> {metric: (num_seeds, episodes)} of one
+    evaluation; of the first mode alone unless `every` or --eval-all-modes. `policies` maps a mode,
+    in which its metrics' names end, to `policy(state, obs (D,), key) -> (H * A,)`, the actions of
+    the next H steps. `env` is the JAX environment or None (official)."""
     seeds, episodes = [args.seed + i for i in range(args.num_seeds)], args.eval_episodes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = len(seeds) * max(1, min(episodes, cores // len(seeds)))
@@ -1342,10 +1344,10 @@ def make_evaluate(task, env, policies, args):
 
     modes = {mode: one_mode(policy) for mode, policy in policies.items()}
 
-    def evaluate(state, step):
-        results = {}
-        for mode, run_episodes in modes.items():
-            result = jax.device_get(run_episodes(state, step))
+    def evaluate(state, step, every=True):
+        results, every = {}, every or getattr(args, "eval_all_modes", False)
+        for mode in list(modes)[: None if every else 1]:
+            result = jax.device_get(modes[mode](state, step))
             if score := task.parts.get("score"):
                 result["score"] = np.vectorize(score, otypes=[float])(result["return"])
             results |= {k: result[k.partition("_")[0]] for k in metric_names(task, [mode])}
@@ -1811,7 +1813,7 @@ REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file
 REMEDY[errno.EAGAIN] = "it is in use by another process: wait for it to end"  # its lock
 # Free on --resume. FREE_ALSO, a script's own, and offline_steps are, until its online phase has
 # begun; env_backend and EVALUATION_FLAGS, also its own, are with --evaluate.
-FREE = ("online_steps", "eval_interval", "eval_episodes", "checkpoint_interval")
+FREE = ("online_steps", "eval_interval", "eval_episodes", "eval_all_modes", "checkpoint_interval")
 # What a checkpoint knows of its run, as it is at the start
 PROGRESS = dict(step=0, train_seconds=0, log_seconds=0, updates_per_s=0, csv_bytes=0, evals=())
 PROGRESS["diverged"] = {}  # seed (a string): before which step
@@ -2107,7 +2109,8 @@ class Run:
         self.updates_per_s, self.log_seconds = float(updates / self.log_seconds), 0.0
         values |= {f"time/{k}": getattr(self, k) for k in ("updates_per_s", "train_seconds")}
         values["time/compile_s"] = self.phase.advance.seconds
-        values |= {f"eval/{k}": results[k].mean(1) if results else np.nan for k in self.metrics}
+        measured = {k: v.mean(1) for k, v in (results or {}).items()}
+        values |= {f"eval/{k}": measured.get(k, np.nan) for k in self.metrics}
         if results:
             self.evals = [*self.evals, values[f"eval/{self.metrics[0]}"].tolist()]
             left = summary({k: v[self.left] for k, v in results.items()})

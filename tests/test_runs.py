@@ -281,7 +281,7 @@ def test_a_seed_that_diverges_leaves_the_others_alone(gsflow, tmp_path, capsys, 
     assert np.shape(result["episodes"]["return"]) == (2, 3)
     returns = np.mean(result["episodes"]["return"])
     assert np.isclose(result["eval/return"], returns) and f"return {returns:.2f}" in out
-    for row in columns_without_time(run):
+    for row in rows_without_time(run):
         known = {k for k, v in row.items() if v} - {"step", "phase", "seed"}
         assert bool(known) == (row["seed"] != "1" or int(row["step"]) < 60)
     assert [r["eval/return"] != "" for r in columns_without_time(run)[-3:]] == [True, False, True]
