@@ -1493,16 +1493,14 @@ class Play(NamedTuple):
 
 
 def repeat(learn, n):
-    """n updates, one after another, as one function."""
+    """n updates as one function; the replay, which they only read, stays outside of the loop."""
 
-    def learn_block(carry, *inputs):
-        def body(_, part):  # without the replay, which they only read
-            after = learn(carry | part, *inputs)
-            return {k: after[k] for k in part}
+    def block(carry, *inputs):
+        pick = lambda carry: {k: carry[k] for k in ("state", "sums")}
+        body = lambda _, part: pick(learn(carry | part, *inputs))
+        return carry | jax.lax.fori_loop(0, n, body, pick(carry))
 
-        return carry | jax.lax.fori_loop(0, n, body, {k: carry[k] for k in ("state", "sums")})
-
-    return learn_block
+    return block
 
 
 def remember(carry, obs, actions, out, play):
@@ -1525,21 +1523,17 @@ def interact(env, play):
     """(carry, *inputs) -> carry: one block on a JAX environment."""
 
     def env_step(_, carry):
-        state, envs, time = carry["state"], carry["envs"], carry["replay"]["added"]
-        obs, taken = observe(env, envs["state"]), envs["taken"]
-        chunks = envs["chunks"]
-        if play.horizon == 1:
-            chunks = play.act(state, obs, time)
-        else:  # open loop: a new chunk where the last one is used up
-            new = lambda: play.act(state, obs, time)
+        state, time, envs = carry["state"], carry["replay"]["added"], carry["envs"]
+        obs, chunks, taken = observe(env, envs["state"]), envs["chunks"], envs["taken"]
+        new = lambda: play.act(state, obs, time)
+        if play.horizon > 1:  # open loop: a new chunk where the last one is used up
             new = jax.lax.cond((taken == 0).any(), new, lambda: chunks)
-            chunks = jnp.where((taken == 0)[:, None, None], new, chunks)
-        actions = chunks[jnp.arange(len(taken)), taken]
-        key = purpose_key(state.seed, "env", time)
+        chunks = new() if play.horizon == 1 else jnp.where((taken == 0)[:, None, None], new, chunks)
+        actions, key = chunks[jnp.arange(len(taken)), taken], purpose_key(state.seed, "env", time)
         env_state, out = step_envs(env, envs["state"], actions, key)
         taken = (taken + 1) % play.horizon * ~(out["terminated"] | out["truncated"])
-        carry = remember(carry, obs, actions, out, play)
-        return carry | {"envs": dict(state=env_state, chunks=chunks, taken=taken)}
+        envs = dict(state=env_state, chunks=chunks, taken=taken)
+        return remember(carry, obs, actions, out, play) | {"envs": envs}
 
     def block(carry, *inputs):
         carry = jax.lax.fori_loop(0, play.steps, env_step, carry)
@@ -1555,75 +1549,73 @@ class HostLoop:
     before that step (`learn_first`); else the updates come after the block's last step.
     """
 
+    seconds = property(lambda self: self.learn.seconds)  # that compiling took
+
     def __init__(self, make_envs, play, args, inputs):
         self.make_envs, self.play, self.args = make_envs, play, args
-        self.act = jax.jit(jax.vmap(play.act))
-        self.learn = Program(play.learn or (lambda carry, *_: carry), *inputs)
-        keep = functools.partial(remember, play=play)
-        self.remember = jax.jit(jax.vmap(keep), donate_argnums=0)
+        self.learn = Program(play.learn, *inputs)
+        split = lambda x: x.reshape(args.num_seeds, args.num_envs, *x.shape[1:])
 
-    @property
-    def seconds(self):
-        return self.learn.seconds
+        def act(state, obs, added, i):  # at the i-th step of a block
+            chunks = jax.vmap(play.act)(state, split(obs), added + i * args.num_envs)
+            return jax.lax.collapse(chunks, 0, 2)
+
+        def keep(carry, step):
+            put = jax.vmap(functools.partial(remember, play=play))
+            return put(carry, *jax.tree.map(split, step)), None
+
+        self.act, keep_all = jax.jit(act), lambda carry, steps: jax.lax.scan(keep, carry, steps)[0]
+        self.keep = jax.jit(keep_all, donate_argnums=0)
 
     def restart(self, carry):
         """Begin new episodes whose seeds depend on the step alone, so that a run that goes on from
         a checkpoint equals one that was never interrupted."""
-        args, time = self.args, int(carry["replay"]["added"][0])
-        shape = (args.num_seeds, args.num_envs)
-        ids = [(args.seed + s, time, e) for s, e in np.ndindex(shape)]
+        args, replay, time = self.args, carry["replay"], int(carry["replay"]["added"][0])
+        ids = [(args.seed + s, time, e) for s, e in np.ndindex(args.num_seeds, args.num_envs)]
         seeds = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
-        self.envs = self.make_envs()
-        self.obs = self.envs.reset(seed=seeds)[0].astype(np.float32).reshape(*shape, -1)
-        self.taken, self.chunks = np.zeros(shape, int), 0.0
+        self.envs, self.chunks, self.taken = self.make_envs(), 0.0, np.zeros(len(ids), int)
+        self.obs, _ = self.envs.reset(seed=seeds)
         # what was under way ends here: no window may join it with what comes
-        rows, size = carry["replay"]["rows"], carry["replay"]["rows"]["terminals"].shape[1]
-        newest = (time - 1 - np.arange(args.num_envs)) % size
-        terminals = rows["terminals"].at[:, newest].set(1.0)  # before the first row: never read
-        replay = carry["replay"] | {"rows": rows | {"terminals": terminals}}
+        terminals = replay["rows"]["terminals"]
+        newest = (time - 1 - np.arange(args.num_envs)) % terminals.shape[1]
+        terminals = terminals.at[:, newest].set(1.0)  # before the first row: never read
+        replay = replay | {"rows": replay["rows"] | {"terminals": terminals}}
         return carry | {"replay": replay, "returns": jnp.zeros_like(carry["returns"])}
 
     def __call__(self, carry, n):
         play = self.play
-        for i in range(n * play.steps):
-            if (due := self.taken == 0).any():
-                new = self.act(carry["state"], self.obs, carry["replay"]["added"])
-                self.chunks = np.where(due[..., None, None], np.asarray(new), self.chunks)
-            taken = self.taken[..., None, None]
-            actions = np.take_along_axis(self.chunks, taken, axis=2)[:, :, 0]
-            self.envs.step_async(actions.reshape(self.envs.num_envs, -1))
-            if play.learn and play.learn_first and i % play.steps == 0:
-                carry = self.learn(carry, 1)  # returns before it is done
-            obs, out = self.obs, self.outcome()
+        for _ in range(n):
+            steps = []
+            for i in range(play.steps):
+                if (due := self.taken == 0).any():
+                    new = self.act(carry["state"], self.obs, carry["replay"]["added"], i)
+                    self.chunks = np.where(due[:, None, None], new, self.chunks)
+                actions = self.chunks[np.arange(len(due)), self.taken]
+                self.envs.step_async(actions)
+                if play.learn and play.learn_first and i == 0:
+                    carry = self.learn(carry, 1)  # returns before it is done
+                obs = self.obs
+                self.obs, reward, terminated, truncated, info = self.envs.step_wait()
+                ended, next_obs = terminated | truncated, self.obs.copy()
+                for e in np.flatnonzero(ended):  # there, self.obs already starts an episode
+                    next_obs[e] = info["final_obs"][e]
+                success = np.where(ended, info.get("final_info", {}).get("success", 0.0), 0.0)
+                self.taken = np.where(ended, 0, (self.taken + 1) % play.horizon)
+                out = dict(reward=reward, success=success.astype(float), next_obs=next_obs)
+                out |= dict(terminated=terminated, truncated=truncated)
+                steps.append((obs, actions, out))
             part = {k: carry[k] for k in ("replay", "returns", "sums", "recent")}
-            carry = carry | self.remember(part, obs, actions, out)
-            ended = out["terminated"] | out["truncated"]
-            self.taken = np.where(ended, 0, (self.taken + 1) % play.horizon)
-            if play.learn and not play.learn_first and (i + 1) % play.steps == 0:
+            carry = carry | self.keep(part, jax.tree.map(lambda *x: np.stack(x), *steps))
+            if play.learn and not play.learn_first:
                 carry = self.learn(carry, 1)
         return carry
-
-    def outcome(self):
-        """Wait for the simulators; what `step_envs` returns of a step, each (S, E, ...)."""
-        obs, reward, terminated, truncated, info = self.envs.step_wait()
-        obs = obs.astype(np.float32)
-        next_obs, success = obs.copy(), np.zeros(len(reward), np.float32)
-        for i in np.flatnonzero(terminated | truncated):  # there, obs already starts an episode
-            next_obs[i] = info["final_obs"][i]
-            if "success" in info["final_info"]:
-                success[i] = info["final_info"]["success"][i]
-        shape, self.obs = self.obs.shape, obs.reshape(self.obs.shape)
-        out = dict(reward=reward.astype(np.float32), success=success, next_obs=next_obs)
-        out |= dict(terminated=terminated, truncated=truncated & ~terminated)
-        return {k: v.reshape(*shape[:2], *v.shape[1:]) for k, v in out.items()}
 
 
 def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm_up_steps=0):
     """The online phase on JAX environments (`env`) or official ones (None); before it, if asked
     for, one without updates. `rows`: the replay's; `sizes`: of observation and action."""
-    num_envs, start = args.num_envs, args.offline_steps
+    num_envs, count, start = args.num_envs, args.num_seeds * args.num_envs, args.offline_steps
     same_step = gymnasium.vector.AutoresetMode.SAME_STEP
-    count = args.num_seeds * num_envs
     make_envs = functools.cache(lambda: make_host_envs(task, args, count, same_step))
 
     def begin(seed):
@@ -1637,20 +1629,19 @@ def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm
 
     def phase(name, start, end, play):
         host = HostLoop(make_envs, play, args, inputs) if env is None else None
+        loop, restart = host or Program(interact(env, play), *inputs), host and host.restart
 
         def enter(carry):
             if "replay" not in carry:
                 new = jax.jit(jax.vmap(begin))(carry["state"].seed)
                 carry = carry | place(new, args.num_seeds)
-            return host.restart(carry) if host else carry
+            return restart(carry) if restart else carry
 
-        advance = host or Program(interact(env, play), *inputs)
-        stride, restart = num_envs * play.steps, host.restart if host else None
-        return Phase(name, start, end, advance, enter, stride, restart)
+        return Phase(name, start, end, loop, enter, num_envs * play.steps, restart)
 
     middle, end = start + min(warm_up_steps, args.online_steps), start + args.online_steps
-    phases = [phase("warm-up", start, middle, warm_up)] if middle > start else []
-    return [*phases, *([phase("online", middle, end, play)] if end > middle else [])]
+    phases = [("warm-up", start, middle, warm_up), ("online", middle, end, play)]
+    return [phase(*parts) for parts in phases if parts[1] < parts[2]]
 
 
 # ==== end shared: online ====
