@@ -13,14 +13,14 @@ What is optimised (s observation, a action or chunk of H actions, sg = stop-grad
   path density  log p = sum of Gaussian log-densities of A_0 and of each A_{i+1} given A_i
                         - sum_j log scale (1 - tanh(u_j)^2)            in the place of log pi(a|s)
 
-Online (--mode online, tasks without data), every step of the environment
+Online (--mode online, from scratch), every step of the environment
   critic        y = sg[r + gamma (1 - terminated) (min_c Q_c(s', a') - alpha log p')]
                 L_critic = 1/2 sum_c mean (Q_c(s, a) - y)^2,  (s, a) and (s', a') in ONE pass
                 through BatchRenorm critics without target network  (plain: with one, no 1/2)
   actor         L_actor = mean (alpha log p - min_c Q_c(s, a)),  every --policy-delay updates
   temperature   L_alpha = alpha (H - H_target),  H = -mean sg[log p]
 
-Offline-to-online (--mode offline-to-online, tasks with data), chunks of H actions played open loop
+Offline-to-online (the default of tasks with data), chunks of H actions played open loop
   critic        y = sg[sum_k gamma^k r_k + gamma^H mask (mean_c Q'_c(s', a') - alpha log p')]
                 L_critic = mean valid (Q_c(s, a) - y)^2,  Q' <- tau Q + (1 - tau) Q'
   step A        critic, and flow matching mean valid (v(s, x_t, t) - (x_1 - x_0))^2
@@ -100,7 +100,7 @@ class Args:
     """task: a Gymnasium id (HalfCheetah-v5), an OGBench single-task id, a short name
     (cube-double-task3, pointmaze-medium), or FILE.py:NAME, a task file"""
     mode: Literal["online", "offline-to-online"] | None = None
-    """from scratch (tasks without data) or from a dataset and then online (tasks with data)"""
+    """from scratch, or from a dataset and then online (default for tasks with data)"""
     seed: int = 0  # first seed
     num_seeds: int = 1  # train this many seeds (seed, seed+1, ...) in one vmapped program
     out_dir: str = "runs"  # directory in which the run directory is created
@@ -123,7 +123,7 @@ class Args:
     of actor updates is due, all updates of the block are made"""
     action_scale: float | None = None  # half width of the action box (default: the environment's)
     normalize_obs: bool | None = None  # offline-to-online: standardise by the dataset's moments
-    sparse: bool | None = None  # offline-to-online: every non-zero reward becomes -1
+    sparse: bool | None = None  # tasks with data: every non-zero reward becomes -1
 
     # ---- schedule ----
     offline_steps: int | None = None  # offline-to-online: offline iterations
@@ -2232,17 +2232,17 @@ class Pendulum(PendulumFunctional):
 JAX_ENVS = {"phys2d/Pendulum-v0": Pendulum}  # built-in environments beside the point mazes
 FREE_ALSO = ()  # flags that may still change when a run without online phase is resumed
 EVALUATION_FLAGS = ()  # flags that may change with --evaluate
-ONLY_FROM_DATA = ("offline_steps", "horizon_length", "normalize_obs", "sparse", "beta")
+ONLY_FROM_DATA = ("dataset", "offline_steps", "horizon_length", "normalize_obs", "beta")
 ONLY_FROM_DATA += ("beta_online", "bc_space", "offline_schedule", "bc_fraction")
 
 
 def resolve(args, task):
     """Fill what no flag set from the tables; refuse what is out of range or contradictory."""
-    from_data = bool(task.dataset or args.dataset or "data" in task.parts)
-    mode = "offline-to-online" if from_data else "online"
-    if args.mode not in (None, mode):
-        kind = "data" if from_data else "no data (--dataset FILE.npz gives it some)"
-        raise UserError(f"{task.name} has {kind}: use --mode {mode}, or another --env-id")
+    has_data = bool(task.dataset or args.dataset or "data" in task.parts)
+    mode = args.mode or ("offline-to-online" if has_data else "online")
+    from_data = mode == "offline-to-online"
+    if from_data and not has_data:
+        raise UserError(f"{task.name} has no data: give --dataset FILE.npz, or use --mode online")
     for name in () if from_data else ONLY_FROM_DATA:
         if getattr(args, name) not in (None, PAPER[mode].get(name)):
             flag = "--" + name.replace("_", "-")
@@ -2270,6 +2270,7 @@ def resolve(args, task):
     steps, rows = args.offline_steps + args.online_steps, args.num_envs * args.horizon_length
     never = not from_data and args.online_steps <= args.learning_starts
     late = args.renorm_time and (from_data or args.policy != "mlp")
+    dense = args.sparse and not has_data
     odd, cold = args.d_model % 4 or args.hidden_dim % 2, args.autotune and not args.ent_coef
     wrong = {
         "--policy gaussian exists with --mode online alone": from_data and gaussian,
@@ -2282,6 +2283,7 @@ def resolve(args, task):
         "--buffer-size must hold --horizon-length rows per environment": args.buffer_size < rows,
         f"--utd is {args.utd:g}, but must be at least 0.001": args.utd < 0.001,
         f"--bc-fraction is {fraction:g}, but must be between 0 and 1": fraction > 1,
+        "--sparse is for tasks with data, whose rewards are at most 0": dense,
         "--renorm-time is for --policy mlp with --mode online alone": late,
         "--policy gaussian learns its deviation; leave out --noise": gaussian and (fixed or drift),
         "--drift-correction needs fixed noise; add --noise fixed": drift and not fixed,
@@ -2376,13 +2378,14 @@ def fit_to_sizes(args, obs_dim, act_dim):
     if args.autotune:
         if args.mode == "offline-to-online" and args.target_entropy is None:
             raise UserError("--autotune needs --target-entropy with --mode offline-to-online")
+        asked, ceiling = args.target_entropy, entropy_ceiling(args, args.horizon_length * act_dim)
         args = fill(args, target_entropy=-float(act_dim) if args.policy == "gaussian" else 0.0)
-        ceiling = entropy_ceiling(args, args.horizon_length * act_dim)
         if args.noise == "fixed" and args.target_entropy >= ceiling:
-            raise UserError(
-                f"--target-entropy {args.target_entropy:g} cannot be reached with fixed noise, "
-                f"whose entropy is at most {ceiling:.4f}: lower it or raise --sigma"
-            )
+            reach = f"--target-entropy {args.target_entropy:g} cannot be reached with fixed noise"
+            reach += f", whose entropy is at most {ceiling:.4f}: "
+            if asked is None:
+                raise UserError(f"{reach}lower it, raise --sigma, or ask for it by that flag")
+            print(f"{reach}alpha can only grow")
     size = 4e-9 * args.num_seeds * ring_rows(args) * (2 * obs_dim + act_dim + 3)
     on_host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = 1e-9 * (jax.devices()[0].memory_stats() or {}).get("bytes_limit", on_host)

@@ -72,6 +72,27 @@ def test_tasks_with_data_are_offline_to_online(sac):
     assert sac.resolve(own, hopper).mode == "offline-to-online"
 
 
+def test_tasks_with_data_from_scratch(sac, monkeypatch, tmp_path):
+    """--mode online: the settings of scratch, single actions, and no data is looked for."""
+    cube = sac.Args(env_id="cube-double", mode="online", sparse=True)
+    args = sac.resolve(cube, sac.parse_task("cube-double"))
+    assert (args.policy, args.critic, args.noise, args.sparse) == ("flow-g", "brn", "learned", True)
+    assert (args.horizon_length, args.offline_steps, args.beta) == (1, 0, 0.0)
+    assert (args.online_steps, args.learning_starts) == (1_000_000, 50_000)
+
+    def load(task, args):
+        raise AssertionError("data was asked for")
+
+    monkeypatch.setattr(sac, "load_dataset", load)
+    monkeypatch.setattr(sac, "StopSignal", lambda: SimpleNamespace(number=None))
+    flags = [*FLAGS, "--env-id", "pointmaze-medium", "--mode", "online", "--online-steps", 60]
+    flags += ["--learning-starts", 20, "--eval-episodes", 1, "--out-dir", tmp_path]
+    assert sac.command_line(sac.main, sac.Args, [*map(str, flags)]) == 0
+    result = json.loads((only_run(tmp_path) / "result.json").read_text())
+    assert result["dataset_source"] == "none: online from scratch" and result["steps"] >= 60
+    assert "eval/success_stochastic" in result
+
+
 @pytest.mark.parametrize(
     "env_id,beta", [("cube-double", 300), ("cube-triple", 100), ("cube-quadruple", 100)]
 )
@@ -476,9 +497,11 @@ def test_episodic_return_is_the_mean_of_the_last_episodes(sac):
 
 BAD_FLAGS = {
     "unknown": ("--env-id Hoper-v4", "close matches: Hopper-v4"),
-    "mode": ("--env-id Hopper-v4 --mode offline-to-online", "use --mode online"),
-    "other mode": ("--env-id cube-double --mode online", "use --mode offline-to-online"),
+    "mode": ("--env-id Hopper-v4 --mode offline-to-online", "or use --mode online"),
     "beta": ("--beta 3", "--beta has no meaning with --mode online"),
+    "beta from scratch": ("--env-id cube-double --mode online --beta 3", "--beta has no meaning"),
+    "own data from scratch": ("--mode online --dataset own.npz", "--dataset has no meaning"),
+    "sparse": ("--env-id Hopper-v4 --sparse True", "--sparse is for tasks with data"),
     "offline": ("--offline-steps 10", "--offline-steps has no meaning with --mode online"),
     "chunk": ("--horizon-length 5", "--horizon-length has no meaning"),
     "critic": ("--env-id cube-double --critic brn", "--critic brn has no meaning here"),

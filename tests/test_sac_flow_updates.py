@@ -242,20 +242,28 @@ def test_temperature_moves_the_right_way(sac, env_id, shift):
 
 
 def test_entropy_ceiling(sac):
-    """d = 25, s = 0.05: -122.2059; per dimension -8.55, -4.89, -2.12; a target above is refused."""
+    """d = 25, s = 0.05: -122.2059; per dimension -8.55, -4.89, -2.12."""
     args = make_args(sac, "cube-triple", flow_steps=4)
     assert sac.entropy_ceiling(args, 25) == pytest.approx(-122.2059, abs=1e-3)
     for sigma, ceiling in ((0.02, -8.55), (0.05, -4.89), (0.10, -2.12)):
         other = sac.dataclasses.replace(args, sigma=sigma)
         assert sac.entropy_ceiling(other, 1) == pytest.approx(ceiling, abs=0.01)
+
+
+def test_target_entropy_above_the_ceiling(sac, capsys):
+    """Refused where it is only the default; asked for, as in the paper, it is run with a notice."""
     asked = dict(autotune=True, flow_steps=4)
-    args = make_args(sac, "cube-triple", target_entropy=0.0, **asked)
-    with pytest.raises(sac.UserError, match=r"cannot be reached.* at most -122\.20"):
-        sac.fit_to_sizes(args, 46, 5)
-    args = make_args(sac, "cube-triple", target_entropy=-122.3, **asked)
-    assert sac.fit_to_sizes(args, 46, 5).target_entropy == -122.3
     with pytest.raises(sac.UserError, match="--autotune needs --target-entropy"):
         sac.fit_to_sizes(make_args(sac, "cube-triple", **asked), 46, 5)
+    args = make_args(sac, "cube-triple", target_entropy=-122.3, **asked)
+    assert sac.fit_to_sizes(args, 46, 5).target_entropy == -122.3
+    assert capsys.readouterr().out == ""
+    paper = dict(noise="fixed", drift_correction=True, flow_steps=4)
+    with pytest.raises(sac.UserError, match=r"cannot be reached.* at most -14\.66"):
+        sac.fit_to_sizes(make_args(sac, **paper), 11, 3)
+    args = sac.fit_to_sizes(make_args(sac, target_entropy=0.0, **paper), 11, 3)
+    assert (args.target_entropy, args.sigma, args.sigma_inference) == (0.0, 0.1, 0.1)
+    assert "at most -14.66" in capsys.readouterr().out
 
 
 def test_default_targets(sac):
