@@ -333,7 +333,7 @@ BAD_FLAGS = {
     "nan rate": ("--learning-rate nan", "--learning-rate is nan"),
     "negative alpha": ("--alpha -1", "--alpha is -1"),
     "std range": ("--log-std-min 1", "--log-std-min must not exceed"),
-    "temperature": ("--init-temperature 0", "--init-temperature be above 0"),
+    "temperature": ("--init-temperature 0", "--init-temperature must be above 0"),
     "soft backup": ("--soft-backup", "add --offline-td-temperature 1"),
     "soft, fql": ("--soft-backup --student deterministic", "needs the Gaussian student"),
     "num envs": ("--online-steps 10 --num-envs 3", "must be a multiple of --num-envs"),
