@@ -2,10 +2,10 @@
 
 Paper: "FlowQ: Energy-Guided Flow Policies for Offline Reinforcement Learning", arXiv 2505.14139.
 Read this first: the paper's velocity formula, algorithm box, hyperparameters and score tables were
-not available to us in readable form.  The target policy, a Gaussian guided path, the schedules t,
-t^2, t^2/(1-t) and a learned one, and the claims about cost are the paper's.  That the density at
-time t is p_t exp(lambda(t) Q) we know from a third party's review of it only; the loss below (form
-S) is our reconstruction, and no default here is "the paper's setting".
+not available to us in readable form.  Its are the target policy, a Gaussian guided path, the
+schedules t, t^2, t^2/(1-t) and a learned one, and the claims about cost.  That the density at time
+t is p_t exp(lambda(t) Q) we know from a third party's review alone; the losses below are our
+reconstruction, and no default here is "the paper's setting".
 
 What is optimised (s observation, a in [-1,1]^A data action, e ~ N(0, I), sg = stop-gradient)
 
@@ -19,8 +19,8 @@ What is optimised (s observation, a in [-1,1]^A data action, e ~ N(0, I), sg = s
   critic iql    y = sg[r + gamma mask V(s')],  V by expectile regression on min_i Q'_i(s, a)
                 L_critic = sum_i mean (Q_i(s, a) - y)^2
 
-c(t) says how much of the energy's slope the velocity takes up along the path.  The density at time
-t shall be p_t exp(lambda(t) Q), lambda(t) = lambda h(t); the forms differ in how it becomes c:
+c(t) says how much of the energy's slope the velocity takes up along the path, if the density at
+time t shall be p_t exp(lambda h(t) Q); all of these forms are ours:
 
   form                c(t) in general          h = t           t^2             t^2/(1-t)
   score (S, default)  h (1-t)/t                1-t             t(1-t)          t
@@ -55,11 +55,10 @@ Open in the paper, and what we took
   6. Critic: td with sampled actions, as in Diffusion-QL; iql needs none.
   7. K = 10, N = 50 and argmax.  N = 1 is always reported beside it, because with N = 50 plain flow
      matching scores as well.
-  8. Networks, learning rate, discount and target aggregation: FQL's on OGBench; EMA ours.
-     Diffusion-QL's networks are there by flags (--activation mish, --time-embedding sinusoid).
-  9. How h is learned, and V in place of the log-normaliser in its weights: ours.
+  8. Networks, learning rate, discount and target aggregation: FQL's on OGBench; Diffusion-QL's
+     networks by --activation mish and --time-embedding sinusoid.
+  9. EMA, how h is learned, and V in place of the log-normaliser in its weights: ours.
  10. The path ends in the data point itself (no sigma_min); the last checkpoint is reported.
- 11. --n-step, --normalize-obs and small networks exist for quick runs.
 
 Modes
   python algos/flowq.py                                   pointmaze-medium, a few minutes
@@ -173,7 +172,7 @@ class Args:
     critic_layer_norm: bool = True  # LayerNorm after each activation of critic and value net
     activation: Literal["gelu", "mish"] = "gelu"  # of all networks (Diffusion-QL: mish)
     time_embedding: Literal["raw", "sinusoid"] = "raw"
-    """the velocity net's time input: t itself, or Diffusion-QL's embedded sinusoids of 1000 t"""
+    """the velocity nets' input: t itself, or Diffusion-QL's embedded sinusoids of 1000 t"""
 
     # ---- algorithm ----
     guidance_lambda: float | None = None  # lambda, weight of the energy; 0: flow matching alone
@@ -255,9 +254,8 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, obs, actions):
-        members = nn.vmap(
-            MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
-        )
+        axes = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None)
+        members = nn.vmap(MLP, **axes, axis_size=2)
         q = members(self.hidden_dims, 1, self.activation, self.layer_norm)(obs, actions)
         return q.squeeze(-1)
 
@@ -384,10 +382,8 @@ def energy_slope(state, batch, eps, t, nets, args):
     if args.grad_at == "denoised":
         y = x + (1 - t) * nets.velocity(state.ema, obs, x, t)
 
-    def q(actions):
-        return aggregate(nets.critic(state.target_critic, obs, actions), args.guidance_q)
-
     limit = nets.action_limit
+    q = lambda a: aggregate(nets.critic(state.target_critic, obs, a), args.guidance_q)
     # the slope at the clipped action, not the slope of the clip: outside the box that would be 0
     slope = jax.grad(lambda y: q(y).sum())(jnp.clip(y, -limit, limit))
     data_q = q(a)
@@ -397,9 +393,9 @@ def energy_slope(state, batch, eps, t, nets, args):
 
 def shorten(rows, limit):
     """Rows no longer than `limit` (0: any length), direction kept -> (rows, share shortened)."""
-    length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
     if limit == 0:
         return rows, jnp.zeros(())
+    length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
     return rows * jnp.minimum(1, limit / jnp.maximum(length, 1e-12)), (length > limit).mean()
 
 
@@ -506,6 +502,12 @@ def make_policy(nets, args):
     return policy
 
 
+def evaluation_policies(nets, args):
+    """Modes of evaluation, (state, obs, key) -> action: one sample, the best of several."""
+    counts = sorted({1, args.eval_candidates})
+    return {f"n{n}": functools.partial(make_policy(nets, args), candidates=n) for n in counts}
+
+
 # ---- the method: one update ----
 @flax.struct.dataclass
 class TrainState:
@@ -578,8 +580,8 @@ def make_update(nets, args):
         grads, info = jax.grad(total_loss, has_aux=True)(state.params)
         params, opt_state = {}, {}
         for name, old in state.params.items():
-            adam, moments = optimizer(args, name), state.opt_state[name]
-            step, opt_state[name] = adam.update(grads[name], moments, old)
+            moments = state.opt_state[name]
+            step, opt_state[name] = optimizer(args, name).update(grads[name], moments, old)
             params[name] = optax.apply_updates(old, step)
         if "schedule" in params:  # waits until base flow and value net mean something
             keep = lambda old, new: jnp.where(state.step < args.schedule_warmup, old, new)
@@ -634,12 +636,6 @@ def train(args, task):
     run = Run(args, task, source, raw, policies, progress)
     evaluate = make_evaluate(task, env, policies, args)
     run.finish(train_loop(run, carry, phases, evaluate, nets))
-
-
-def evaluation_policies(nets, args):
-    """Modes of evaluation, (state, obs, key) -> action: one sample, the best of several."""
-    counts = sorted({1, args.eval_candidates})
-    return {f"n{n}": functools.partial(make_policy(nets, args), candidates=n) for n in counts}
 
 
 # ==== shared: training loop ====
@@ -1898,52 +1894,43 @@ EVALUATION_FLAGS = ("eval_candidates", "flow_steps")  # flags that may change wi
 def resolve(args, task):
     """Fill what no flag set from the task table; refuse what is out of range or contradictory."""
     given, args = args, fill(args, **task_table(task, DEFAULTS))
-    hidden = args.hidden_dims
-    args = fill(args, critic_hidden_dims=hidden, actor_hidden_dims=hidden)
+    args = fill(args, critic_hidden_dims=args.hidden_dims, actor_hidden_dims=args.hidden_dims)
     check_numbers(args, zero=("schedule_warmup",))
-    for name in ("critic_hidden_dims", "actor_hidden_dims"):
-        if min(getattr(args, name), default=0) < 1:
-            raise UserError(f"--{name.replace('_', '-')} needs layers of at least one unit")
-    if args.offline_steps == 0:
-        raise UserError("nothing to train: give --offline-steps")
-    for name in ("ema_decay", "expectile", "dataset_action_clip"):
-        if not getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be below 1")
-    if args.critic == "exact" and "critic" not in task.parts:
-        raise UserError("--critic exact needs a task file that knows its Q; drop --critic")
-    if args.schedule == "learned" and args.velocity_form != "score":
-        raise UserError("--schedule learned needs --velocity-form score")
-    if args.schedule == "learned" and args.guidance_lambda == 0:
-        raise UserError("--schedule learned needs --guidance-lambda above 0: nothing is guided")
-    if not (args.resume or args.evaluate):  # there, no flag is new
-        refuse_idle(given, args)
-    if args.resume and args.lr_decay:
-        steps = read_args(args.resume, [], Args()).offline_steps
-        if steps != args.offline_steps:
-            raise UserError(
-                f"--lr-decay ends at --offline-steps, {steps} in {args.resume}, which cannot "
-                "change; start a new run"
-            )
+    learns, learned = args.critic != "exact", args.schedule == "learned"
+    begun = read_args(args.resume, [], Args()) if args.resume else args
+    layers = "needs layers of at least one unit"
+    for wrong, remedy in (
+        (min(args.critic_hidden_dims, default=0) < 1, f"--critic-hidden-dims {layers}"),
+        (min(args.actor_hidden_dims, default=0) < 1, f"--actor-hidden-dims {layers}"),
+        (not args.ema_decay < 1, "--ema-decay must be below 1"),
+        (not args.expectile < 1, "--expectile must be below 1"),
+        (not args.dataset_action_clip < 1, "--dataset-action-clip must be below 1"),
+        (args.offline_steps == 0, "nothing to train: give --offline-steps"),
+        (not learns and "critic" not in task.parts,
+         "--critic exact needs a task file that knows its Q; drop --critic"),
+        (learned and args.velocity_form != "score",
+         "--schedule learned needs --velocity-form score"),
+        (learned and args.guidance_lambda == 0,
+         "--schedule learned needs --guidance-lambda above 0: nothing is guided"),
+        (args.lr_decay and begun.offline_steps != args.offline_steps,
+         f"--lr-decay ends at --offline-steps, {begun.offline_steps} in {args.resume}, which "
+         "cannot change; start a new run"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(remedy)
+    for needed, fulfilled, names in (
+        ("--critic td, the only one that samples actions", args.critic == "td",
+         ("q_agg", "max_backup_samples")),
+        ("--critic iql", args.critic == "iql", ("expectile",)),
+        ("--schedule learned", learned, ("schedule_warmup",)),
+        ("a critic that learns, --critic td or iql", learns,
+         ("reward_transform", "gamma", "n_step", "tau", "guidance_q", "critic_hidden_dims",
+          "critic_layer_norm")),
+    ):  # fmt: skip
+        idle = [n for n in names if not fulfilled and getattr(given, n) != getattr(Args, n)]
+        if idle and not (args.resume or args.evaluate):  # there, no flag is new
+            raise UserError(f"--{idle[0].replace('_', '-')} needs {needed}; drop it")
     return args
-
-
-def refuse_idle(given, args):
-    """Refuse flags that were given and have no effect; `args` are the resolved ones."""
-    needs = {  # what flags need: (whether it is so, the flags)
-        "--critic td, the only one that samples actions": (
-            args.critic == "td", ("q_agg", "max_backup_samples"),
-        ),
-        "--critic iql": (args.critic == "iql", ("expectile",)),
-        "--schedule learned": (args.schedule == "learned", ("schedule_warmup",)),
-        "a critic that learns, --critic td or iql": (
-            args.critic != "exact", ("reward_transform", "gamma", "n_step", "tau", "guidance_q",
-                                     "critic_hidden_dims", "critic_layer_norm"),
-        ),
-    }  # fmt: skip
-    for what, (fulfilled, names) in needs.items():
-        for name in names:
-            if not fulfilled and getattr(given, name) != getattr(Args, name):
-                raise UserError(f"--{name.replace('_', '-')} needs {what}; drop it")
 
 
 # endregion

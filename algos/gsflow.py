@@ -24,17 +24,15 @@ T = 1 in the target and for exploration.  Evaluation uses T = 0; the prior's noi
 Deviations from the released code (and, where marked P, from the paper)
   1. Candidate selection is rebuilt: the released code calls a function that is defined nowhere.
   2. No inner loops: the released code's extra critic and CVAE steps discard their results.
-  3. The CVAE has one hidden layer by declaration: the released one declares three that all read
-     the raw input, so two of them never receive a gradient.
+  3. The CVAE has one hidden layer by declaration: of the released one's three, which all read the
+     raw input, two never receive a gradient.
   4. Every random draw has a key of its own; there, the student and the CVAE share one.
   5. --alpha works: there it is overwritten by another flag.
   6. The target critic follows the critic after its Adam step (there: before) and lives outside
-     the optimiser.
-  7. Toy evaluation works, and everything is seeded.
-  8. The replay buffer samples all of its rows; no logging-only forward pass in an update.
-  9. --success-timing post is explicit, because OGBench changed its default after publication.
- 10. P: tanh squashing (paper: plain Gaussian); entropy term active offline too, as in the code.
- 11. --n-step, --normalize-obs and small networks exist for quick runs; papers' tables: 1, off, 512.
+     the optimiser.  No logging-only forward pass in an update.
+  7. Toy evaluation works, everything is seeded, and all rows of the replay are sampled.
+  8. --success-timing post is explicit, because OGBench changed its default after publication.
+  9. P: tanh squashing (paper: plain Gaussian); entropy term active offline too, as in the code.
 
 Modes
   python algos/gsflow.py                                  offline on pointmaze-medium, minutes
@@ -117,16 +115,14 @@ class Args:
     num_envs: int = 1
     """parallel environments per seed in the online phase; each step of all makes num-envs rows and
     num-envs * utd updates"""
-    normalize_obs: bool | None = None
-    """standardise observations with the dataset's mean and deviation (papers: no)"""
+    normalize_obs: bool | None = None  # standardise observations, by the data (papers: no)
 
     # ---- schedule ----
     offline_steps: int | None = None  # offline gradient steps (paper: 1,000,000)
     online_steps: int = 0
     """online environment steps after the offline phase (published protocol: 1,000,000)"""
-    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = (
-        None  # log the metrics' mean over this many steps
-    )
+    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = None
+    """log the metrics' mean over this many steps"""
     eval_interval: int | None = None  # evaluate every this many steps and at the end of each phase
     eval_episodes: int | None = None  # episodes per evaluation and seed
     checkpoint_interval: int | None = None  # checkpoint every this many steps and at the end
@@ -136,10 +132,8 @@ class Args:
     learning_rate: float | None = None  # Adam's step size for all networks
     tau: float | None = None  # target critic: fraction of the new critic in each step
     gamma: float | None = None  # discount
-    n_step: int | None = None
-    """n-step TD targets that stop at success and at episode ends (papers: 1)"""
-    hidden_dims: tuple[int, ...] | None = None
-    """widths of critic, teacher and student, unless the next two say otherwise"""
+    n_step: int | None = None  # n-step TD targets, to success or episode end (papers: 1)
+    hidden_dims: tuple[int, ...] | None = None  # widths of all nets that the next two leave open
     critic_hidden_dims: tuple[int, ...] | None = None  # widths of the critic
     actor_hidden_dims: tuple[int, ...] | None = None  # widths of teacher and student
     critic_layer_norm: bool = True  # LayerNorm after each activation of the critic
@@ -148,8 +142,7 @@ class Args:
     utd: int = 1  # gradient steps per environment step
     buffer_size: int = 2_000_000
     """rows of dataset plus online data that are kept; the oldest, dataset first, give way"""
-    balanced_sampling: bool = False
-    """online batches: half dataset, half new data (default: uniform over both)"""
+    balanced_sampling: bool = False  # online batches: half dataset, half new (else uniform)
 
     # ---- algorithm ----
     prior: Literal["cvae", "gaussian"] = "cvae"
@@ -157,8 +150,7 @@ class Args:
     student: Literal["gaussian", "deterministic"] = "gaussian"
     """one-step policy: tanh-Gaussian with entropy control (GSFlow) or deterministic (FQL)"""
     alpha: float | None = None  # alpha1, weight of the distillation loss
-    online_alpha: float | None = None
-    """alpha1 in the online phase (default: the task's, else --alpha)"""
+    online_alpha: float | None = None  # alpha1 in the online phase (default: the task's or --alpha)
     num_candidates: int | None = None  # N, noises among which the critic chooses (paper: 10)
     candidate_q_agg: Literal["mean", "min"] = "mean"  # how candidates' two critic values are joined
     flow_steps: int = 10  # K, Euler steps of the teacher
@@ -237,14 +229,8 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, obs, actions):
-        members = nn.vmap(
-            MLP,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            out_axes=0,
-            axis_size=2,
-        )
+        axes = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None)
+        members = nn.vmap(MLP, **axes, axis_size=2)
         return members(self.hidden_dims, 1, self.layer_norm)(obs, actions).squeeze(-1)
 
 
@@ -319,13 +305,9 @@ def make_networks(args, act_dim):
 def init_params(args, obs_dim, act_dim, key):
     """Trainable parameters, one entry per group: critic, velocity, student, ..."""
     obs, action = jnp.zeros((1, obs_dim)), jnp.zeros((1, act_dim))
-    inputs = dict(
-        critic=(obs, action),
-        velocity=(obs, action, jnp.zeros((1, 1))),
-        student=(obs, action),
-        encoder=(obs, action),
-        decoder=(obs, jnp.zeros((1, args.latent_dim))),
-    )
+    inputs = dict.fromkeys(("critic", "student", "encoder"), (obs, action))
+    inputs["velocity"] = (obs, action, jnp.zeros((1, 1)))
+    inputs["decoder"] = (obs, jnp.zeros((1, args.latent_dim)))
     modules = make_modules(args, act_dim)
     keys = jax.random.split(key, len(modules))
     params = {n: m.init(k, *inputs[n]) for (n, m), k in zip(modules.items(), keys, strict=True)}
@@ -469,11 +451,11 @@ class PhaseSettings(NamedTuple):
 
 def phase_settings(args, phase):
     """Settings of "offline" and "online"."""
-    if phase == "online":
-        return PhaseSettings(
-            jnp.float32(args.online_alpha), jnp.float32(args.online_td_temperature)
-        )
-    return PhaseSettings(jnp.float32(args.alpha), jnp.float32(args.offline_td_temperature))
+    values = dict(
+        offline=(args.alpha, args.offline_td_temperature),
+        online=(args.online_alpha, args.online_td_temperature),
+    )
+    return PhaseSettings(*map(jnp.float32, values[phase]))
 
 
 def optimizer(args):
@@ -484,15 +466,8 @@ def optimizer(args):
 def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
     """Fresh state of one seed."""
     params = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
-    return TrainState(
-        params=params,
-        target_critic=params["critic"],
-        opt_state=optimizer(args).init(params),
-        obs_mean=obs_mean,
-        obs_std=obs_std,
-        seed=seed,
-        step=jnp.zeros((), jnp.int32),
-    )
+    rest = dict(obs_mean=obs_mean, obs_std=obs_std, seed=seed, step=jnp.zeros((), jnp.int32))
+    return TrainState(params, params["critic"], optimizer(args).init(params), **rest)
 
 
 DRAWS = ("td_prior", "td_action", "flow_noise", "flow_time", "student_prior", "student_action")
@@ -511,8 +486,8 @@ def make_update(nets, args):
 
     def update(state, batch, key, settings):
         keys = dict(zip(DRAWS, jax.random.split(key, len(DRAWS)), strict=True))
-        params = state.params
-        obs, next_obs, shape = batch["obs"], batch["next_obs"], batch["actions"].shape
+        params, obs, next_obs = state.params, batch["obs"], batch["next_obs"]
+        shape = batch["actions"].shape
 
         # TD target: current student and decoder, target critic
         x_next = sample_prior(params, nets, next_obs, keys["td_prior"])
@@ -540,11 +515,9 @@ def make_update(nets, args):
             x0 = jax.random.normal(keys["flow_noise"], shape)
             t = jax.random.uniform(keys["flow_time"], (shape[0], 1))
             student = (batch, x, teacher_action, settings.alpha, keys["student_action"])
-            losses = [
-                critic_loss(params, nets, batch, target),
-                flow_loss(params, nets, batch, x0, t),
-                student_loss(params, nets, args, *student),
-            ]
+            losses = [critic_loss(params, nets, batch, target)]
+            losses += [flow_loss(params, nets, batch, x0, t)]
+            losses += [student_loss(params, nets, args, *student)]
             if "entropy" in losses[2][1]:  # a Gaussian student
                 losses += [temperature_loss(params, losses[2][1]["entropy"], target_entropy)]
             if nets.decoder is not None:
@@ -557,10 +530,8 @@ def make_update(nets, args):
         updates, opt_state = optimizer(args).update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         target_critic = optax.incremental_update(params["critic"], state.target_critic, args.tau)
-        state = state.replace(
-            params=params, target_critic=target_critic, opt_state=opt_state, step=state.step + 1
-        )
-        return state, info
+        changes = dict(params=params, target_critic=target_critic, opt_state=opt_state)
+        return state.replace(**changes, step=state.step + 1), info
 
     return update
 
@@ -575,6 +546,11 @@ def make_policy(nets):
         return sample_action(state.params, nets, obs, x, temperature, action_key)[0]
 
     return policy
+
+
+def evaluation_policies(nets, args):
+    """The one mode of evaluation: (state, obs, key) -> action at the evaluation's temperature."""
+    return {"": functools.partial(make_policy(nets), temperature=args.eval_temperature)}
 
 
 # ---- training ----
@@ -620,9 +596,9 @@ def train(args, task):
     env = make_jax_env(task, args)
     raw, source = load_dataset(task, args)
     data = place(device_data(raw, args.n_step, args.gamma), args.num_seeds, copy=True)
-    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
-    args = fill(args, target_entropy=-args.target_entropy_scale * act_dim)
-    nets = make_networks(args, act_dim)
+    sizes = data["obs"].shape[1], data["actions"].shape[1]
+    args = fill(args, target_entropy=-args.target_entropy_scale * sizes[1])
+    nets = make_networks(args, sizes[1])
     learn = make_learn(nets, args)
     play = Play(make_act(nets, args), repeat(learn, args.num_envs * args.utd))
 
@@ -631,20 +607,15 @@ def train(args, task):
     if args.online_steps:
         rows = min(args.online_steps, max(args.buffer_size, len(data["obs"]) + 1))
         online = (data, phase_settings(args, "online"))
-        phases += online_phases(task, env, play, args, rows, (obs_dim, act_dim), online)
+        phases += online_phases(task, env, play, args, rows, sizes, online)
 
-    state = start_states(args, obs_dim, act_dim, *observation_scale(data, args))
+    state = start_states(args, *sizes, *observation_scale(data, args))
     carry = dict(state=state, sums=zero_sums(learn, {"state": state}, *offline))
     carry, progress = resume(carry, phases, args)
     policies = evaluation_policies(nets, args)
     run = Run(args, task, source, raw, policies, progress)
     evaluate = make_evaluate(task, env, policies, args)
     run.finish(train_loop(run, carry, phases, evaluate, nets))
-
-
-def evaluation_policies(nets, args):
-    """The one mode of evaluation: (state, obs, key) -> action at the evaluation's temperature."""
-    return {"": functools.partial(make_policy(nets), temperature=args.eval_temperature)}
 
 
 # ==== shared: training loop ====
@@ -2099,24 +2070,24 @@ def resolve(args, task):
     hidden = args.hidden_dims
     args = fill(args, online_alpha=args.alpha, critic_hidden_dims=hidden, actor_hidden_dims=hidden)
     check_numbers(args, unbounded=("log_std_min", "log_std_max", "target_entropy"))
-    for name in ("critic_hidden_dims", "actor_hidden_dims", "prior_hidden_dims"):
-        if min(getattr(args, name), default=0) < 1:
-            raise UserError(f"--{name.replace('_', '-')} needs layers of at least one unit")
-    if args.offline_steps + args.online_steps == 0:
-        raise UserError("nothing to train: give --offline-steps or --online-steps")
-    if args.online_steps % args.num_envs:
-        raise UserError("--online-steps must be a multiple of --num-envs")
-    if args.log_std_min > args.log_std_max or args.init_temperature <= 0:
-        raise UserError(
-            "--log-std-min must not exceed --log-std-max, --init-temperature be above 0"
-        )
     used = [args.offline_td_temperature] * (args.offline_steps > 0)
     used += [args.online_td_temperature] * (args.online_steps > 0)
-    if args.soft_backup and (args.student == "deterministic" or min(used) <= 0):
-        raise UserError(
-            "--soft-backup needs the Gaussian student and TD temperatures above 0; add "
-            "--offline-td-temperature 1"
-        )
+    soft = args.student == "gaussian" and min(used, default=1) > 0
+    layers = "needs layers of at least one unit"
+    for wrong, remedy in (
+        (min(args.critic_hidden_dims, default=0) < 1, f"--critic-hidden-dims {layers}"),
+        (min(args.actor_hidden_dims, default=0) < 1, f"--actor-hidden-dims {layers}"),
+        (min(args.prior_hidden_dims, default=0) < 1, f"--prior-hidden-dims {layers}"),
+        (args.offline_steps + args.online_steps == 0,
+         "nothing to train: give --offline-steps or --online-steps"),
+        (args.online_steps % args.num_envs, "--online-steps must be a multiple of --num-envs"),
+        (args.log_std_min > args.log_std_max, "--log-std-min must not exceed --log-std-max"),
+        (args.init_temperature <= 0, "--init-temperature must be above 0"),
+        (args.soft_backup and not soft, "--soft-backup needs the Gaussian student and TD "
+         "temperatures above 0; add --offline-td-temperature 1"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(remedy)
     return args
 
 

@@ -287,11 +287,10 @@ def test_chunks_run_open_loop_and_end_with_the_episode(fmq, monkeypatch, host):
 def test_a_flag_decides_how_critics_are_joined_online(fmq):
     def agg(**flags):
         args = fmq.resolve(fmq.Args(**flags), fmq.parse_task("pointmaze-medium"))
-        state = fmq.start_states(args, 2, 2, np.zeros(2), np.ones(2))
-        assert not state.pessimistic.any()
+        state = fmq.TrainState(**dict.fromkeys(fmq.TrainState.__dataclass_fields__))
+        state = state.replace(params={"actor": np.ones(3)}, pessimistic=np.zeros(2, bool))
         return "min" if fmq.begin_online(state, args).pessimistic.all() else "mean"
 
-    tiny = dict(hidden_dims=(4,))
-    assert agg(**tiny) == "min" and agg(online_objective="mvp", **tiny) == "mean"
-    assert agg(actor="flow", **tiny) == "mean" == agg(q_agg_online="mean", **tiny)
-    assert agg(online_objective="mvp", q_agg_online="min", **tiny) == "min"
+    assert agg() == "min" and agg(online_objective="mvp") == "mean" == agg(actor="flow")
+    assert agg(q_agg_online="mean") == "mean"
+    assert agg(online_objective="mvp", q_agg_online="min") == "min"

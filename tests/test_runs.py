@@ -284,7 +284,7 @@ def test_a_seed_that_diverges_leaves_the_others_alone(gsflow, tmp_path, capsys, 
     for row in rows_without_time(run):
         known = {k for k, v in row.items() if v} - {"step", "phase", "seed"}
         assert bool(known) == (row["seed"] != "1" or int(row["step"]) < 60)
-    assert [r["eval/return"] != "" for r in columns_without_time(run)[-3:]] == [True, False, True]
+    assert [r["eval/return"] != "" for r in rows_without_time(run)[-3:]] == [True, False, True]
 
 
 def test_two_processes_do_not_write_one_run(gsflow, reference, tmp_path, capsys):
@@ -380,7 +380,7 @@ BAD_FLAGS = {
     "nan rate": ("--learning-rate nan", "--learning-rate is nan"),
     "negative alpha": ("--alpha -1", "--alpha is -1"),
     "std range": ("--log-std-min 1", "--log-std-min must not exceed"),
-    "temperature": ("--init-temperature 0", "--init-temperature be above 0"),
+    "temperature": ("--init-temperature 0", "--init-temperature must be above 0"),
     "soft backup": ("--soft-backup", "add --offline-td-temperature 1"),
     "soft, fql": ("--soft-backup --student deterministic", "needs the Gaussian student"),
     "num envs": ("--online-steps 10 --num-envs 3", "must be a multiple of --num-envs"),
