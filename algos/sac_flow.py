@@ -110,8 +110,8 @@ class Args:
     seed: int = 0  # first seed
     num_seeds: int = 1  # train this many seeds (seed, seed+1, ...) in one vmapped program
     out_dir: str = "runs"  # directory in which the run directory is created
-    evaluate: str | None = None
-    """run directory: load its checkpoint, evaluate, print a table, train nothing"""
+    evaluate: str | None = None  # run directory: evaluate its last checkpoint, train nothing
+    video: bool = False  # with --evaluate: also record episodes (see benchmark/see.py)
     resume: str | None = None  # run directory: continue it exactly where its last checkpoint stands
     wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
     matmul_precision: Literal["default", "high", "highest"] = "default"
@@ -2131,8 +2131,21 @@ def print_evaluation(task, args, policies, step, results):
     print(f"   all  {summary(results)}")
 
 
+def record(run_dir):
+    """--video: call benchmark/see.py, where the script has it beside it."""
+    tool = Path(__file__).resolve().parent.parent / "benchmark" / "see.py"
+    command = [str(tool), str(run_dir), "--script", __file__]
+    if not tool.is_file():
+        raise UserError("--video needs benchmark/see.py of the CleanFlow repository: copy that "
+                        f"file and run: python {shlex.join(['see.py', *command[1:]])}")  # fmt: skip
+    if subprocess.run([sys.executable, *command]).returncode:
+        raise UserError("recording failed; see the message above")
+
+
 def evaluate_only(args, task):
     """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
+    if args.video:
+        record(args.evaluate)
     tree, facts = load_checkpoint(args.evaluate)
     env = make_jax_env(task, args)
     spaces = env or make_host_env(task, args.success_timing)
@@ -2153,7 +2166,7 @@ PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
 REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}
 FREE_ON_RESUME = ("offline_steps", "online_steps", "eval_interval", "eval_episodes")
-FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate")
+FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate", "video")
 # FREE_ALSO, a script's own, are free until its online phase has begun; with --evaluate env_backend
 # and EVALUATION_FLAGS, also its own, are
 
@@ -2660,6 +2673,8 @@ def command_line(main, args_type, argv=None):
         args = tyro.cli(args_type, args=argv)
         if "" in (args.resume, args.evaluate):
             raise UserError("--resume and --evaluate need the directory of a run, but got ''")
+        if args.video and not args.evaluate:
+            raise UserError("--video goes with --evaluate RUN_DIR")
         if args.resume or args.evaluate:
             args = read_args(args.resume or args.evaluate, argv, args_type())
         main(args)

@@ -41,7 +41,8 @@ import numpy as np
 import tyro
 
 HERE = Path(__file__).resolve().parent
-NOT_A_SETTING = ("env_id", "seed", "num_seeds", "out_dir", "resume", "evaluate", "dataset_dir")
+NOT_A_SETTING = ("env_id", "seed", "num_seeds", "out_dir", "dataset_dir")
+NOT_A_SETTING += ("resume", "evaluate", "video")
 COLUMN = {"training_return": "charts/episodic_return"}  # mean of the last training episodes
 KINDS = ("official", "collected", "generated", "none")
 TITLES = {
