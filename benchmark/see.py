@@ -430,7 +430,8 @@ def bandit_frames(run, episodes, size, title, count=40):
     """One-step tasks: rewards all over the plane of actions, and the actions, in `count` frames."""
     actions, jax = episodes.actions[0], run.script.jax  # (N, 2)
     box = run.env.action_space
-    limit = 1.4 * min(float(box.high.max()), 1.5 * max(1.0, float(np.abs(actions).max())) / 1.4)
+    bounded = bool(np.isfinite(box.high).all())
+    limit = 1.1 * float(box.high.max()) if bounded else 1.5 * max(1.0, float(np.abs(actions).max()))
     side = size * SHARP
     axis = np.linspace(-limit, limit, side // 4)
     plane = np.stack(np.meshgrid(axis, axis[::-1]), axis=-1).reshape(-1, 2)  # y upwards
@@ -441,11 +442,12 @@ def bandit_frames(run, episodes, size, title, count=40):
 
     level = np.asarray(jax.jit(jax.vmap(reward))(plane.astype(np.float32)))
     level = ((level - level.min()) / max(float(np.ptp(level)), 1e-8))[:, None]
+    level *= (np.abs(plane) <= (box.high if bounded else limit)).all(axis=1, keepdims=True)
     colors = (LOW_VALUE + level * (HIGH_VALUE - LOW_VALUE)).astype(np.uint8)
     canvas = Image.fromarray(colors.reshape(len(axis), len(axis), 3)).resize((side, side))
     draw, r = ImageDraw.Draw(canvas), side / 240
     pixel = lambda a: ((a[0] + limit) / (2 * limit) * side, (limit - a[1]) / (2 * limit) * side)
-    if np.isfinite(box.high).all():
+    if bounded:
         (left, bottom), (right, top) = pixel(box.low), pixel(box.high)
         draw.rectangle((left, top, right, bottom), outline=INK, width=SHARP)
     done = 0
