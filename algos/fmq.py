@@ -110,8 +110,8 @@ class Args:
     seed: int = 0  # first seed
     num_seeds: int = 1  # train this many seeds (seed, seed+1, ...) in one vmapped program
     out_dir: str = "runs"  # directory in which the run directory is created
-    evaluate: str | None = None
-    """run directory: load its checkpoint, evaluate, print a table, train nothing"""
+    evaluate: str | None = None  # run directory: evaluate its last checkpoint, train nothing
+    video: bool = False  # with --evaluate: also record episodes (see benchmark/see.py)
     resume: str | None = None  # run directory: continue it exactly where its last checkpoint stands
     start_from: str = ""
     """run directory: a new run from the end of its offline phase; its flags are the defaults"""
@@ -1206,8 +1206,21 @@ def make_evaluate(task, env, policies, args):
     return evaluate
 
 
+def record(run_dir):
+    """--video: call benchmark/see.py, where the script has it beside it."""
+    tool = Path(__file__).resolve().parent.parent / "benchmark" / "see.py"
+    command = [str(tool), str(run_dir), "--script", __file__]
+    if not tool.is_file():
+        raise UserError(f"--video needs benchmark/see.py of the CleanFlow repository: copy that "
+                        f"file and run: python {shlex.join(['see.py', *command[1:]])}")  # fmt: skip
+    if subprocess.run([sys.executable, *command]).returncode:
+        raise UserError("recording failed; see the message above")
+
+
 def evaluate_only(args, task):
     """--evaluate: rebuild a run's networks, evaluate its last checkpoint as it did; a table."""
+    if args.video:
+        record(args.evaluate)
     tree, facts = load_checkpoint(args.evaluate)
     env = make_jax_env(task, args)
     spaces = env or make_host_env(task, args.success_timing)
@@ -1813,7 +1826,7 @@ def read_args(run_dir, argv, default):
     args = tyro.cli(type(default), args=argv, default=type(default)(**known))
     free = {"resume", "evaluate", *FREE}
     free |= set() if known.get("online_steps") else {"offline_steps", *FREE_ALSO}
-    free |= {"env_backend", *EVALUATION_FLAGS} if args.evaluate else set()
+    free |= {"env_backend", "video", *EVALUATION_FLAGS} if args.evaluate else set()
     if args.start_from and not (args.resume or args.evaluate):  # networks' sizes: see `restore`
         free = known.keys() - {"offline_steps", "seed", "num_seeds"}
     for name, old in known.items():
@@ -2038,6 +2051,8 @@ def command_line(main, args_type, argv=None):
     Run.dir = None
     try:
         args = tyro.cli(args_type, args=argv)
+        if args.video and not args.evaluate:
+            raise UserError("--video goes with --evaluate RUN_DIR")
         for run_dir in (args.start_from or None, args.resume, args.evaluate):
             args = args if run_dir is None else read_args(run_dir, argv, args_type())
         main(args)

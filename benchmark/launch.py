@@ -44,7 +44,7 @@ from pathlib import Path
 import tyro
 
 HERE = Path(__file__).resolve().parent
-NOT_HASHED = ("seed", "out_dir", "resume", "evaluate")
+NOT_HASHED = ("seed", "out_dir", "resume", "evaluate", "video")
 
 
 class UserError(Exception):
