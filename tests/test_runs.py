@@ -204,12 +204,19 @@ def test_interrupt_saves_and_says_how_to_resume(gsflow, tmp_path, number, code):
     assert f"steps {total:,}" in out
 
 
-def test_more_online_steps_on_resume_equal_a_longer_run(gsflow, reference, tmp_path):
-    shorter = [*BOTH_PHASES, "--num-seeds", 2, "--online-steps", 100]
-    launch(gsflow, *shorter, out_dir=tmp_path)
-    launch(gsflow, "--resume", only_run(tmp_path), "--online-steps", 200)
+@pytest.fixture(scope="module")
+def shorter(gsflow, tmp_path_factory):
+    """The run of `reference` with half of its online phase."""
+    directory = tmp_path_factory.mktemp("shorter")
+    launch(gsflow, *BOTH_PHASES, "--num-seeds", 2, "--online-steps", 100, out_dir=directory)
+    return only_run(directory)
+
+
+def test_more_online_steps_on_resume_equal_a_longer_run(gsflow, reference, shorter, tmp_path):
+    run = shutil.copytree(shorter, tmp_path / "run")
+    launch(gsflow, "--resume", run, "--online-steps", 200)
     load = gsflow.load_checkpoint
-    assert_same_tree(load(reference)[0], load(only_run(tmp_path))[0])
+    assert_same_tree(load(reference)[0], load(run)[0])
 
 
 def test_start_from_equals_one_go(gsflow, reference, tmp_path):
@@ -298,17 +305,17 @@ def test_two_processes_do_not_write_one_run(gsflow, reference, tmp_path, capsys)
         assert (run / "args.json").read_bytes() == before
 
 
-def test_empty_metrics_and_what_args_json_keeps(gsflow, reference, tmp_path):
+def test_empty_metrics_and_what_args_json_keeps(gsflow, shorter, tmp_path):
     """A resume survives an emptied metrics.csv; args.json keeps how the run started."""
-    run = shutil.copytree(reference, tmp_path / "run")
+    run = shutil.copytree(shorter, tmp_path / "run")
     (run / "metrics.csv").write_bytes(b"")
     facts = json.loads((run / "args.json").read_text())
     (run / "args.json").write_text(json.dumps(facts | {"commit": "of the start"}))
-    launch(gsflow, "--resume", run, "--online-steps", 220)
+    launch(gsflow, "--resume", run, "--online-steps", 200)
     facts = json.loads((run / "args.json").read_text())
-    assert facts["commit"] == "of the start" and facts["args"]["online_steps"] == 220
-    assert [r["step"] for r in facts["resumes"]] == [400]
-    assert rows_without_time(run)[-1]["step"] == "420"
+    assert facts["commit"] == "of the start" and facts["args"]["online_steps"] == 200
+    assert [r["step"] for r in facts["resumes"]] == [300]
+    assert rows_without_time(run)[-1]["step"] == "400"
 
 
 def test_damaged_checkpoints_are_noticed(gsflow, reference, tmp_path, capsys):
