@@ -713,10 +713,10 @@ def make_learn(nets, args, *updates):
         state, replay, batches, metrics = carry["state"], carry.get("replay"), [], {}
         for step in (state.step + j for j in range(args.policy_delay)):
             key = jax.random.split(purpose_key(state.seed, "update", step))[0]
-            added = None if replay is None else visible_rows(args, replay, step)
+            seen = replay and replay | {"added": visible_rows(args, replay, step)}
             batch = sample_chunks(
-                key, data, replay, args.batch_size, args.horizon_length, args.gamma,
-                added=added, limit=args.buffer_size, stride=args.num_envs,
+                key, data, seen, args.batch_size, args.horizon_length, args.gamma,
+                limit=args.buffer_size, stride=args.num_envs,
             )  # fmt: skip
             scaled = {k: (batch[k] - state.obs_mean) / state.obs_std for k in ("obs", "next_obs")}
             batches.append(batch | scaled)
