@@ -1846,6 +1846,7 @@ class Run:
         vars(self).update(PROGRESS | progress)
         self.args, self.task, self.saved, self.signal = args, task, self.step, None
         self.seeds = [args.seed + i for i in range(args.num_seeds)]
+        self.left = [i for i, s in enumerate(self.seeds) if str(s) not in self.diverged]
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.stop)
@@ -1911,11 +1912,6 @@ class Run:
         self.signal = number
         print("\nstopping soon; once more to stop at once", file=sys.stderr, flush=True)
 
-    @property
-    def left(self):
-        """Indices of the seeds that have not diverged: results are theirs."""
-        return [i for i, seed in enumerate(self.seeds) if str(seed) not in self.diverged]
-
     def dispatch(self, carry):
         """Iterations of about a second, up to the next thing that is due -> (carry, whether to log,
         to evaluate, to save). A seed that diverged is named and left out; without any, stops."""
@@ -1937,12 +1933,14 @@ class Run:
             self.said, speed = time.perf_counter(), self.rate * phase.stride
             eta = (phase.end - self.step) / speed
             print(f"{phase.name} {self.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
-        for i in self.left:
+        for i in list(self.left):
             broken = [k for k, v in sums.items() if "train/" in k and not np.isfinite(v[i]).all()]
             if broken:
-                self.diverged = self.diverged | {str(self.seeds[i]): self.step}
                 what = f"diverged before step {self.step:,}: {', '.join(broken)} not finite"
-                tqdm.write(f"seed {self.seeds[i]} {what}")
+                self.diverged = self.diverged | {str(self.seeds[i]): self.step}
+                self.left.remove(i)
+                if self.left:
+                    tqdm.write(f"seed {self.seeds[i]} {what}; the others go on")
         if not self.left:
             rates = [k.replace("_", "-") for k in vars(args) if k.endswith(("_lr", "ing_rate"))]
             raise UserError(
