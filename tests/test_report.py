@@ -220,7 +220,7 @@ def test_headline_leaves_the_first_mode_of_each_method(tmp_path):
     groups = report.group_runs(report.read_runs([tmp_path]))
     for headline, count in ((False, 2), (True, 1)):
         args = report.Args(headline=headline, resamples=50)
-        (section,) = report.make_sections(groups, {}, args)[0]
+        (section,) = report.make_sections(groups, dict(results=[]), args)[0]
         assert len(section.curves) == count and "best_of_n" in section.curves[0].name
         assert len(section.rows) == 2
 
