@@ -9,7 +9,6 @@ import optax
 import pytest
 from helpers import FQL, make_carry, make_settings, resolved
 
-pytestmark = pytest.mark.optimised
 GAMMA = 0.8
 METHODS = {"gsflow": {}, "fql": FQL}
 LEARNER = dict(
@@ -89,7 +88,14 @@ def check_values(gsflow, method, states, obs, actions, expected, tolerance=0.1):
 
 
 OBS, ACTIONS = [-1, -1, -1, 1, 1, 1], [-0.8, 0, 0.8, -0.8, 0, 0.8]
-methods = pytest.mark.parametrize("method", METHODS)
+
+
+def methods(test):
+    """GSFlow compiles for half a minute, so quick tests of learning are FQL's."""
+    each = pytest.mark.parametrize(
+        "method", [pytest.param("gsflow", marks=pytest.mark.slow), "fql"]
+    )
+    return pytest.mark.optimised(each(test))
 
 
 @pytest.mark.slow
