@@ -460,6 +460,9 @@ BAD_DATA = {
     "cut short": (changed(terminals=np.zeros(40, bool)), "looks cut short"),
     "missing key": (lambda d: {k: v for k, v in d.items() if k != "actions"}, "no 'actions'"),
     "other environment": (changed(observations=np.zeros((40, 3))), "another environment"),
+    "positions": (changed(qpos=np.zeros((40, 3))), "'qpos' must have 2 numbers a row"),
+    "no positions": (lambda d: {k: v for k, v in d.items() if k != "qpos"}, "no 'qpos'"),
+    "short episodes": (changed(terminals=np.arange(40) % 5 == 4), "too few for --n-step"),
 }
 
 
