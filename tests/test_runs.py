@@ -390,6 +390,7 @@ BAD_FLAGS = {
     "temperature": ("--init-temperature 0", "--init-temperature must be above 0"),
     "soft backup": ("--soft-backup", "add --offline-td-temperature 1"),
     "soft, fql": ("--soft-backup --student deterministic", "needs the Gaussian student"),
+    "entropy": ("--student deterministic --entropy off", "--entropy is of the Gaussian student"),
     "num envs": ("--online-steps 10 --num-envs 3", "must be a multiple of --num-envs"),
     "backend": ("--env-id antmaze-large --env-backend jax", "has no jax environment"),
     "toy on host": ("--env-id multi-crescent --env-backend host", "has no host environment"),
