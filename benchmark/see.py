@@ -197,28 +197,44 @@ def render_env(make_host_env, task, success_timing, size):
         gymnasium.make = make
 
 
-def make_camera(env, size, name):
-    """Function () -> uint8 (H, W, 3) that draws the official environment as it stands."""
-    inner = env.unwrapped
-    if env.render_mode == "rgb_array":
-        return env.render
-    if hasattr(inner, "sim"):  # robosuite
-        model, data = inner.sim.model._model, inner.sim.data._data
-    else:
-        model, data = getattr(inner, "model", None), getattr(inner, "data", None)
+def simulator(env):
+    """MuJoCo's (model, data) in an environment, or None; robosuite, which makes new ones at each
+    reset, has them at the end of a chain of `sim`s."""
     import mujoco
 
-    if not isinstance(model, mujoco.MjModel):
+    while env is not None:
+        model, data = getattr(env, "model", None), getattr(env, "data", None)
+        model, data = getattr(model, "_model", model), getattr(data, "_data", data)
+        if isinstance(model, mujoco.MjModel):
+            return model, data
+        env = getattr(env, "sim", None)
+    return None
+
+
+def make_camera(env, size, name):
+    """Function () -> uint8 (H, W, 3) that draws the official environment as it stands."""
+    if env.render_mode == "rgb_array":
+        return env.render
+    import mujoco
+
+    if simulator(env.unwrapped) is None:
         raise UserError(f"{name} cannot be drawn: give its environment render_mode 'rgb_array'")
-    frame = model.vis.global_
-    height = size * 3 // 4
-    frame.offwidth, frame.offheight = max(frame.offwidth, size), max(frame.offheight, height)
-    renderer = mujoco.Renderer(model, height, size)
-    cameras = [model.camera(i).name for i in range(model.ncam)]
-    camera = next((c for c in ("agentview", "track") if c in cameras), -1)
+    height, current, renderer = size * 3 // 4, None, None
+    look = mujoco.MjvOption()
+    look.geomgroup[0] = not hasattr(env.unwrapped, "sim")  # robosuite's shapes for collisions
 
     def draw():
-        renderer.update_scene(data, camera)
+        nonlocal current, renderer
+        model, data = simulator(env.unwrapped)
+        if model is not current:
+            if renderer:
+                renderer.close()
+            view, current = model.vis.global_, model
+            view.offwidth, view.offheight = max(view.offwidth, size), max(view.offheight, height)
+            renderer = mujoco.Renderer(model, height, size)
+        cameras = [model.camera(i).name for i in range(model.ncam)]
+        camera = next((c for c in ("agentview", "track") if c in cameras), -1)
+        renderer.update_scene(data, camera, look)
         return renderer.render()
 
     return draw
@@ -325,7 +341,10 @@ def with_header(image, title, status):
     height = max(18, image.width // 20)
     framed = Image.new("RGB", (image.width, image.height + height), "white")
     framed.paste(image, (0, height))
-    draw, font = ImageDraw.Draw(framed), ImageFont.load_default(height * 0.68)
+    draw, points = ImageDraw.Draw(framed), height * 0.68
+    font = ImageFont.load_default(points)
+    if (length := draw.textlength(f"{title}    {status}", font)) > image.width:
+        font = ImageFont.load_default(max(6, points * image.width / length))
     draw.text((2, 0), title, INK, font)
     draw.text((image.width - 2 - draw.textlength(status, font), 0), status, INK, font)
     return framed
@@ -398,7 +417,7 @@ class MazeView:
                 color = COLORS[n % len(COLORS)]
                 self.disc(balls, from_start[t, n], 0.7, color, outline="white")
             there = int((episodes.success * (episodes.length <= t)).sum())
-            status = f"step {t}   {there} of {ways.shape[1]} at the goal"
+            status = f"step {t}   {there}/{ways.shape[1]} at the goal"
             small = frame.resize((self.width, self.height), Image.Resampling.LANCZOS)
             yield with_header(small, title, status)
 
@@ -430,7 +449,8 @@ def bandit_frames(run, episodes, size, title, count=40):
     """One-step tasks: rewards all over the plane of actions, and the actions, in `count` frames."""
     actions, jax = episodes.actions[0], run.script.jax  # (N, 2)
     box = run.env.action_space
-    limit = 1.4 * min(float(box.high.max()), 1.5 * max(1.0, float(np.abs(actions).max())) / 1.4)
+    bounded = bool(np.isfinite(box.high).all())
+    limit = 1.1 * float(box.high.max()) if bounded else 1.5 * max(1.0, float(np.abs(actions).max()))
     side = size * SHARP
     axis = np.linspace(-limit, limit, side // 4)
     plane = np.stack(np.meshgrid(axis, axis[::-1]), axis=-1).reshape(-1, 2)  # y upwards
@@ -441,11 +461,12 @@ def bandit_frames(run, episodes, size, title, count=40):
 
     level = np.asarray(jax.jit(jax.vmap(reward))(plane.astype(np.float32)))
     level = ((level - level.min()) / max(float(np.ptp(level)), 1e-8))[:, None]
+    level *= (np.abs(plane) <= (box.high if bounded else limit)).all(axis=1, keepdims=True)
     colors = (LOW_VALUE + level * (HIGH_VALUE - LOW_VALUE)).astype(np.uint8)
     canvas = Image.fromarray(colors.reshape(len(axis), len(axis), 3)).resize((side, side))
     draw, r = ImageDraw.Draw(canvas), side / 240
     pixel = lambda a: ((a[0] + limit) / (2 * limit) * side, (limit - a[1]) / (2 * limit) * side)
-    if np.isfinite(box.high).all():
+    if bounded:
         (left, bottom), (right, top) = pixel(box.low), pixel(box.high)
         draw.rectangle((left, top, right, bottom), outline=INK, width=SHARP)
     done = 0

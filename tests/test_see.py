@@ -411,6 +411,36 @@ def test_official_episodes_are_those_of_the_evaluation(tmp_path):
     np.testing.assert_allclose(returns, measured, rtol=1e-4)
 
 
+WITHOUT_RENDERER = """
+import sys
+sys.path.insert(0, 'benchmark')
+import see
+try:
+    see.choose_gl()
+except see.UserError as e:
+    sys.exit(str(e))
+import gymnasium
+env = gymnasium.make('HalfCheetah-v5')
+env.reset(seed=0)
+draw = see.make_camera(env, 120, 'cheetah')
+first = draw().astype(int)
+for _ in range(10):
+    env.step(env.action_space.high)
+second = draw().astype(int)
+assert first.shape == (90, 120, 3) and first.std() > 10, first.std()
+assert abs(second - first).max() > 30
+"""
+
+
+@pytest.mark.slow
+def test_mujoco_draws_where_an_environment_does_not():
+    command = [sys.executable, "-c", WITHOUT_RENDERER]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if "neither EGL nor OSMesa" in out.stderr:
+        pytest.skip(out.stderr)
+    assert out.returncode == 0, out.stderr
+
+
 # ---- the notebook ----
 @pytest.mark.slow
 def test_notebook_runs(tmp_path, monkeypatch):
