@@ -24,17 +24,15 @@ T = 1 in the target and for exploration.  Evaluation uses T = 0; the prior's noi
 Deviations from the released code (and, where marked P, from the paper)
   1. Candidate selection is rebuilt: the released code calls a function that is defined nowhere.
   2. No inner loops: the released code's extra critic and CVAE steps discard their results.
-  3. The CVAE has one hidden layer by declaration: the released one declares three that all read
-     the raw input, so two of them never receive a gradient.
+  3. The CVAE has one hidden layer by declaration: of the released one's three, which all read the
+     raw input, two never receive a gradient.
   4. Every random draw has a key of its own; there, the student and the CVAE share one.
   5. --alpha works: there it is overwritten by another flag.
   6. The target critic follows the critic after its Adam step (there: before) and lives outside
-     the optimiser.
-  7. Toy evaluation works, and everything is seeded.
-  8. The replay buffer samples all of its rows; no logging-only forward pass in an update.
-  9. --success-timing post is explicit, because OGBench changed its default after publication.
- 10. P: tanh squashing (paper: plain Gaussian); entropy term active offline too, as in the code.
- 11. --n-step, --normalize-obs and small networks exist for quick runs; papers' tables: 1, off, 512.
+     the optimiser.  No logging-only forward pass in an update.
+  7. Toy evaluation works, everything is seeded, and all rows of the replay are sampled.
+  8. --success-timing post is explicit, because OGBench changed its default after publication.
+  9. P: tanh squashing (paper: plain Gaussian); entropy term active offline too, as in the code.
 
 Modes
   python algos/gsflow.py                                  offline on pointmaze-medium, minutes
@@ -95,9 +93,11 @@ class Args:
     seed: int = 0  # first seed
     num_seeds: int = 1  # train this many seeds (seed, seed+1, ...) in one vmapped program
     out_dir: str = "runs"  # directory in which the run directory is created
-    evaluate: str | None = None
-    """run directory: load its checkpoint, evaluate, print a table, train nothing"""
+    evaluate: str | None = None  # run directory: evaluate its last checkpoint, train nothing
+    video: bool = False  # with --evaluate: also record episodes (see benchmark/see.py)
     resume: str | None = None  # run directory: continue it exactly where its last checkpoint stands
+    start_from: str = ""
+    """run directory: a new run from the end of its offline phase; its flags are the defaults"""
     wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
     matmul_precision: Literal["default", "high", "highest"] = "default"
     """float32 matmuls: JAX's default (TF32 on recent GPUs), high or highest"""
@@ -115,16 +115,14 @@ class Args:
     num_envs: int = 1
     """parallel environments per seed in the online phase; each step of all makes num-envs rows and
     num-envs * utd updates"""
-    normalize_obs: bool | None = None
-    """standardise observations with the dataset's mean and deviation (papers: no)"""
+    normalize_obs: bool | None = None  # standardise observations, by the data (papers: no)
 
     # ---- schedule ----
     offline_steps: int | None = None  # offline gradient steps (paper: 1,000,000)
     online_steps: int = 0
     """online environment steps after the offline phase (published protocol: 1,000,000)"""
-    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = (
-        None  # log the metrics' mean over this many steps
-    )
+    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = None
+    """log the metrics' mean over this many steps"""
     eval_interval: int | None = None  # evaluate every this many steps and at the end of each phase
     eval_episodes: int | None = None  # episodes per evaluation and seed
     checkpoint_interval: int | None = None  # checkpoint every this many steps and at the end
@@ -134,10 +132,8 @@ class Args:
     learning_rate: float | None = None  # Adam's step size for all networks
     tau: float | None = None  # target critic: fraction of the new critic in each step
     gamma: float | None = None  # discount
-    n_step: int | None = None
-    """n-step TD targets that stop at success and at episode ends (papers: 1)"""
-    hidden_dims: tuple[int, ...] | None = None
-    """widths of critic, teacher and student, unless the next two say otherwise"""
+    n_step: int | None = None  # n-step TD targets, to success or episode end (papers: 1)
+    hidden_dims: tuple[int, ...] | None = None  # widths of all nets that the next two leave open
     critic_hidden_dims: tuple[int, ...] | None = None  # widths of the critic
     actor_hidden_dims: tuple[int, ...] | None = None  # widths of teacher and student
     critic_layer_norm: bool = True  # LayerNorm after each activation of the critic
@@ -146,8 +142,7 @@ class Args:
     utd: int = 1  # gradient steps per environment step
     buffer_size: int = 2_000_000
     """rows of dataset plus online data that are kept; the oldest, dataset first, give way"""
-    balanced_sampling: bool = False
-    """online batches: half dataset, half new data (default: uniform over both)"""
+    balanced_sampling: bool = False  # online batches: half dataset, half new (else uniform)
 
     # ---- algorithm ----
     prior: Literal["cvae", "gaussian"] = "cvae"
@@ -155,8 +150,7 @@ class Args:
     student: Literal["gaussian", "deterministic"] = "gaussian"
     """one-step policy: tanh-Gaussian with entropy control (GSFlow) or deterministic (FQL)"""
     alpha: float | None = None  # alpha1, weight of the distillation loss
-    online_alpha: float | None = None
-    """alpha1 in the online phase (default: the task's, else --alpha)"""
+    online_alpha: float | None = None  # alpha1 in the online phase (default: the task's or --alpha)
     num_candidates: int | None = None  # N, noises among which the critic chooses (paper: 10)
     candidate_q_agg: Literal["mean", "min"] = "mean"  # how candidates' two critic values are joined
     flow_steps: int = 10  # K, Euler steps of the teacher
@@ -235,14 +229,8 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, obs, actions):
-        members = nn.vmap(
-            MLP,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            out_axes=0,
-            axis_size=2,
-        )
+        axes = dict(variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None)
+        members = nn.vmap(MLP, **axes, axis_size=2)
         return members(self.hidden_dims, 1, self.layer_norm)(obs, actions).squeeze(-1)
 
 
@@ -317,13 +305,9 @@ def make_networks(args, act_dim):
 def init_params(args, obs_dim, act_dim, key):
     """Trainable parameters, one entry per group: critic, velocity, student, ..."""
     obs, action = jnp.zeros((1, obs_dim)), jnp.zeros((1, act_dim))
-    inputs = dict(
-        critic=(obs, action),
-        velocity=(obs, action, jnp.zeros((1, 1))),
-        student=(obs, action),
-        encoder=(obs, action),
-        decoder=(obs, jnp.zeros((1, args.latent_dim))),
-    )
+    inputs = dict.fromkeys(("critic", "student", "encoder"), (obs, action))
+    inputs["velocity"] = (obs, action, jnp.zeros((1, 1)))
+    inputs["decoder"] = (obs, jnp.zeros((1, args.latent_dim)))
     modules = make_modules(args, act_dim)
     keys = jax.random.split(key, len(modules))
     params = {n: m.init(k, *inputs[n]) for (n, m), k in zip(modules.items(), keys, strict=True)}
@@ -467,11 +451,11 @@ class PhaseSettings(NamedTuple):
 
 def phase_settings(args, phase):
     """Settings of "offline" and "online"."""
-    if phase == "online":
-        return PhaseSettings(
-            jnp.float32(args.online_alpha), jnp.float32(args.online_td_temperature)
-        )
-    return PhaseSettings(jnp.float32(args.alpha), jnp.float32(args.offline_td_temperature))
+    values = dict(
+        offline=(args.alpha, args.offline_td_temperature),
+        online=(args.online_alpha, args.online_td_temperature),
+    )
+    return PhaseSettings(*map(jnp.float32, values[phase]))
 
 
 def optimizer(args):
@@ -482,15 +466,8 @@ def optimizer(args):
 def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
     """Fresh state of one seed."""
     params = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
-    return TrainState(
-        params=params,
-        target_critic=params["critic"],
-        opt_state=optimizer(args).init(params),
-        obs_mean=obs_mean,
-        obs_std=obs_std,
-        seed=seed,
-        step=jnp.zeros((), jnp.int32),
-    )
+    rest = dict(obs_mean=obs_mean, obs_std=obs_std, seed=seed, step=jnp.zeros((), jnp.int32))
+    return TrainState(params, params["critic"], optimizer(args).init(params), **rest)
 
 
 DRAWS = ("td_prior", "td_action", "flow_noise", "flow_time", "student_prior", "student_action")
@@ -509,8 +486,8 @@ def make_update(nets, args):
 
     def update(state, batch, key, settings):
         keys = dict(zip(DRAWS, jax.random.split(key, len(DRAWS)), strict=True))
-        params = state.params
-        obs, next_obs, shape = batch["obs"], batch["next_obs"], batch["actions"].shape
+        params, obs, next_obs = state.params, batch["obs"], batch["next_obs"]
+        shape = batch["actions"].shape
 
         # TD target: current student and decoder, target critic
         x_next = sample_prior(params, nets, next_obs, keys["td_prior"])
@@ -538,11 +515,9 @@ def make_update(nets, args):
             x0 = jax.random.normal(keys["flow_noise"], shape)
             t = jax.random.uniform(keys["flow_time"], (shape[0], 1))
             student = (batch, x, teacher_action, settings.alpha, keys["student_action"])
-            losses = [
-                critic_loss(params, nets, batch, target),
-                flow_loss(params, nets, batch, x0, t),
-                student_loss(params, nets, args, *student),
-            ]
+            losses = [critic_loss(params, nets, batch, target)]
+            losses += [flow_loss(params, nets, batch, x0, t)]
+            losses += [student_loss(params, nets, args, *student)]
             if "entropy" in losses[2][1]:  # a Gaussian student
                 losses += [temperature_loss(params, losses[2][1]["entropy"], target_entropy)]
             if nets.decoder is not None:
@@ -555,10 +530,8 @@ def make_update(nets, args):
         updates, opt_state = optimizer(args).update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         target_critic = optax.incremental_update(params["critic"], state.target_critic, args.tau)
-        state = state.replace(
-            params=params, target_critic=target_critic, opt_state=opt_state, step=state.step + 1
-        )
-        return state, info
+        changes = dict(params=params, target_critic=target_critic, opt_state=opt_state)
+        return state.replace(**changes, step=state.step + 1), info
 
     return update
 
@@ -573,6 +546,11 @@ def make_policy(nets):
         return sample_action(state.params, nets, obs, x, temperature, action_key)[0]
 
     return policy
+
+
+def evaluation_policies(nets, args):
+    """The one mode of evaluation: (state, obs, key) -> action at the evaluation's temperature."""
+    return {"": functools.partial(make_policy(nets), temperature=args.eval_temperature)}
 
 
 # ---- training ----
@@ -596,7 +574,7 @@ def make_learn(nets, args):
         for name in ("obs", "next_obs"):
             batch[name] = (batch[name] - state.obs_mean) / state.obs_std
         state, metrics = update(state, batch, update_key, settings)
-        return carry | {"state": state, "sums": add_sums(carry.get("sums"), metrics)}
+        return carry | {"state": state, "sums": add_sums(carry["sums"], metrics)}
 
     return learn
 
@@ -618,9 +596,9 @@ def train(args, task):
     env = make_jax_env(task, args)
     raw, source = load_dataset(task, args)
     data = place(device_data(raw, args.n_step, args.gamma), args.num_seeds, copy=True)
-    obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
-    args = fill(args, target_entropy=-args.target_entropy_scale * act_dim)
-    nets = make_networks(args, act_dim)
+    sizes = data["obs"].shape[1], data["actions"].shape[1]
+    args = fill(args, target_entropy=-args.target_entropy_scale * sizes[1])
+    nets = make_networks(args, sizes[1])
     learn = make_learn(nets, args)
     play = Play(make_act(nets, args), repeat(learn, args.num_envs * args.utd))
 
@@ -629,56 +607,46 @@ def train(args, task):
     if args.online_steps:
         rows = min(args.online_steps, max(args.buffer_size, len(data["obs"]) + 1))
         online = (data, phase_settings(args, "online"))
-        phases += online_phases(task, env, play, args, rows, (obs_dim, act_dim), online)
+        phases += online_phases(task, env, play, args, rows, sizes, online)
 
-    state = start_states(args, obs_dim, act_dim, *observation_scale(data, args))
+    state = start_states(args, *sizes, *observation_scale(data, args))
     carry = dict(state=state, sums=zero_sums(learn, {"state": state}, *offline))
-    carry, step = resume(carry, phases, args)
+    carry, progress = resume(carry, phases, args)
     policies = evaluation_policies(nets, args)
-    run = Run(args, task, source, raw, policies, step)
+    run = Run(args, task, source, raw, policies, progress)
     evaluate = make_evaluate(task, env, policies, args)
     run.finish(train_loop(run, carry, phases, evaluate, nets))
-
-
-def evaluation_policies(nets, args):
-    """The one mode of evaluation: (state, obs, key) -> action at the evaluation's temperature."""
-    return {"": functools.partial(make_policy(nets), temperature=args.eval_temperature)}
 
 
 # ==== shared: training loop ====
 def train_loop(run, carry, phases, evaluate, nets):
     """Run the phases dispatch by dispatch, each about a second, so that the bar moves and Ctrl-C is
-    heard; what is computed and logged does not depend on how long they are. Between dispatches log,
-    evaluate and save. Returns the last evaluation."""
-    if run.step >= phases[-1].end:  # stopped between its last checkpoint and result.json
-        return evaluate(carry["state"], run.step)
+    heard; what is computed and logged does not depend on how long they are. Between dispatches
+    evaluate, log and save. Returns the last evaluation."""
+    results = None
     for phase in (p for p in phases if run.step < p.end):
-        if run.step == phase.start:
-            carry = phase.enter(carry)
-        run.begin(phase)
+        carry = phase.enter(carry) if run.step == phase.start else carry
+        run.phase, run.rate, run.said = phase, 8.0, time.perf_counter()
+        run.bar = tqdm(total=phase.end, initial=run.step, desc=phase.name, disable=None)
         while run.step < phase.end:
-            n, start = run.iterations(), time.perf_counter()
-            carry = phase.advance(carry, n)
-            sums = jax.device_get(carry["sums"])
-            run.note(n, sums, time.perf_counter() - start)
-            log, evaluation, save = run.due()
-            if log or evaluation:
-                values = run.averages(sums, carry)
-                zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
-                carry = carry | {"sums": place(zeros, len(run.seeds))}
+            carry, log, evaluation, save = run.dispatch(carry)
             if evaluation:
-                results = evaluate(carry["state"], run.step)
-                values |= run.note_evaluation(results)
+                results = evaluate(carry["state"], run.step, run.step >= phase.end)
             if log or evaluation:
-                run.log(values)
-            stopping = run.stop.number is not None and run.step < phases[-1].end
+                carry = run.log(carry, results if evaluation else None)
+            stopping = run.signal and run.step < phases[-1].end
             if save or stopping:
                 carry = phase.restart(carry) if phase.restart else carry
                 run.save(carry)
             if stopping:
-                run.leave()
-        run.end_phase(nets, carry["state"])
-    return results
+                run.bar.close()
+                again = f"--resume {shlex.quote(str(run.dir))} continues at {run.step:,}"
+                print(f"stopped; {again}", file=sys.stderr)
+                raise SystemExit(128 + run.signal)
+        run.bar.close()
+        if draw := run.task.parts.get("after_phase"):
+            ask(draw, run.dir, phase.name, sys.modules[__name__], nets, run.args, carry["state"])
+    return results or evaluate(carry["state"], run.step)  # the run was over but for result.json
 
 
 # ==== end shared: training loop ====
@@ -701,20 +669,21 @@ import difflib
 import errno
 import fcntl
 import hashlib
+import http.client
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import textwrap
+import urllib.request
 import zlib
 from types import MappingProxyType
 
-from gymnasium.experimental.functional import FuncEnv
 from tqdm import tqdm
 
 # ==== end shared: imports ====
@@ -725,16 +694,15 @@ class UserError(Exception):
 
 
 # ==== shared: tasks ====
-OGBENCH = {  # family: (variants, dataset types, default first; default task)
-    "pointmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch"), 1),
-    "antmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch", "explore"), 1),
-    "humanoidmaze": (("medium", "large", "giant"), ("navigate", "stitch"), 1),
-    "antsoccer": (("arena", "medium"), ("navigate", "stitch"), 4),
-    "cube": (("single", "double", "triple", "quadruple"), ("play", "noisy"), 2),
-    "scene": (("",), ("play", "noisy"), 2),
-    "puzzle": (("3x3", "4x4", "4x5", "4x6"), ("play", "noisy"), 4),
-}
-PUZZLE_DEFAULT_TASK = {"puzzle-4x5": 2, "puzzle-4x6": 2}
+OGBENCH = (  # names, dataset types (default first), default task
+    ("pointmaze-medium pointmaze-large pointmaze-giant pointmaze-teleport", "navigate stitch", 1),
+    ("antmaze-medium antmaze-large antmaze-giant antmaze-teleport", "navigate stitch explore", 1),
+    ("humanoidmaze-medium humanoidmaze-large humanoidmaze-giant", "navigate stitch", 1),
+    ("antsoccer-arena antsoccer-medium", "navigate stitch", 4),
+    ("cube-single cube-double cube-triple cube-quadruple scene", "play noisy", 2),
+    ("puzzle-3x3 puzzle-4x4", "play noisy", 4),
+    ("puzzle-4x5 puzzle-4x6", "play noisy", 2),
+)
 TASK_FILES = ("d4rl", "robomimic", "multi-crescent", "energy-toy")  # those of the repository
 
 
@@ -750,87 +718,75 @@ class Task(NamedTuple):
     source: tuple = ()  # of a task file: (path, name, dataset_dir)
     parts: Any = MappingProxyType({})  # what that file's make_task says
 
-    @property
-    def official(self):
-        """Whether there is an environment for gymnasium.vector."""
-        return bool(self.gym_id or "make_env" in self.parts)
+
+def need(condition, text):
+    """Where a condition does not hold, stop with one sentence."""
+    if not condition:
+        raise UserError(text)
+
+
+def ask(function, *inputs, failing=""):
+    """Call a function; what it raises for the user becomes one sentence."""
+    try:
+        return function(*inputs)
+    except (ValueError, OSError, ImportError, SyntaxError, gymnasium.error.Error) as e:
+        raise UserError(failing + " ".join(str(e).split())) from e
+
+
+def repository_file(name, otherwise):
+    """A file of benchmark/, which a script that was copied elsewhere does not have."""
+    path = Path(__file__).resolve().parent.parent / "benchmark" / name
+    need(path.is_file(), f"{otherwise} benchmark/{name} of the CleanFlow repository")
+    return path
 
 
 def parse_task(env_id, dataset_dir="~/.ogbench/data"):
     """OGBench single-task id or short name, Gymnasium id, or FILE.py:NAME -> Task."""
     suite, _, name = env_id.partition("/")
-    path, _, file_name = env_id.rpartition(":")
     if suite in TASK_FILES:
-        short = f"{suite.replace('-', '_')}.py"
-        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / short
-        if not path.is_file():
-            raise UserError(
-                f"{env_id} needs benchmark/tasks/{short} of the CleanFlow repository: copy that "
-                f"file and give --env-id {short}:{name or env_id}"
-            )
-        return load_task(env_id, path, name or env_id, dataset_dir)
+        file, name = f"{suite.replace('-', '_')}.py", name or env_id
+        path = repository_file(f"tasks/{file}", f"give --env-id {file}:{name} with a copy of")
+        return load_task(env_id, path, name, dataset_dir)
+    path, _, name = env_id.rpartition(":")
     if path.endswith(".py"):
-        return load_task(f"{Path(path).stem}/{file_name}", Path(path), file_name, dataset_dir)
+        return load_task(f"{Path(path).stem}/{name}", Path(path), name, dataset_dir)
     tasks = {}
-    for family, (variants, kinds, default) in OGBENCH.items():
-        for base in (f"{family}-{v}" if v else family for v in variants):
-            for kind in kinds:
-                for i in (0, 1, 2, 3, 4, 5):
-                    index = i or PUZZLE_DEFAULT_TASK.get(base, default)
-                    name = f"{base}-{kind}-singletask-task{index}-v0"
-                    gym_id = f"{base}-singletask-task{index}-v0"
-                    task = Task(name, base, gym_id, f"{base}-{kind}-v0", index)
-                    suffix = f"-task{i}" if i else ""
-                    tasks[f"{base}-{kind}-singletask{suffix}-v0"] = task
-                    tasks[f"{base}-{kind}{suffix}"] = task
-                    if kind == kinds[0]:
-                        tasks[f"{base}{suffix}"] = task
+    for names, kinds, default in OGBENCH:
+        for base, kind, i in itertools.product(names.split(), kinds.split(), range(6)):
+            one, suffix = f"singletask-task{i or default}-v0", f"-task{i}" if i else ""
+            task = f"{base}-{kind}-{one}", base, f"{base}-{one}", f"{base}-{kind}-v0", i or default
+            for name in (f"-{kind}-singletask{suffix}-v0", f"-{kind}{suffix}", suffix):
+                tasks.setdefault(base + name, Task(*task))
     if env_id in tasks:
         return tasks[env_id]
     if env_id in gymnasium.registry or env_id in JAX_ENVS:
         return Task(env_id, env_id, "" if env_id in JAX_ENVS else env_id, success=False)
-    names = [*tasks, *JAX_ENVS, *gymnasium.registry]
-    close = difflib.get_close_matches(env_id, names, n=3, cutoff=0.3)
-    raise UserError(f"unknown task '{env_id}'; close matches: {', '.join(close) or 'none'}")
+    known = [*tasks, *JAX_ENVS, *gymnasium.registry]
+    close = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0.3))
+    raise UserError(f"unknown task '{env_id}'; close matches: {close or 'none'}")
 
 
 def load_file(path):
     """Import a Python file by its path; its own imports must be installed packages."""
-    try:
-        spec = importlib.util.spec_from_file_location(f"cleanflow_{Path(path).stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    except (OSError, ImportError, SyntaxError) as e:
-        raise UserError(f"cannot load {path}: {e}") from e
+    spec = importlib.util.spec_from_file_location(f"cleanflow_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    ask(spec.loader.exec_module, module, failing=f"cannot load {path}: ")
     return module
-
-
-def ask(function, *inputs):
-    """Call a function of a task file; what it raises for the user becomes one sentence."""
-    try:
-        return function(*inputs)
-    except (ValueError, OSError, ImportError) as e:
-        raise UserError(" ".join(str(e).split())) from e
 
 
 def load_task(task_name, path, name, dataset_dir):
     """make_task(name, dataset_dir) of a task file -> Task; see README for what it returns."""
     make_task = getattr(load_file(path), "make_task", None)
-    if make_task is None:
-        raise UserError(f"{path} has no function make_task(name, dataset_dir); see README")
+    need(make_task, f"{path} has no function make_task(name, dataset_dir); see README")
     parts = ask(make_task, name, dataset_dir)
-    if not isinstance(parts, dict) or not {"env", "make_env"} & set(parts):
-        raise UserError(f"make_task of {path} must return a dict with 'env' or 'make_env'")
+    right = isinstance(parts, dict) and {"env", "make_env"} & set(parts)
+    need(right, f"make_task of {path} must return a dict with 'env' or 'make_env'")
     known = ("env", "make_env", "data", "success", "score", "defaults", "critic", "after_phase")
-    if unknown := sorted(set(parts) - set(known)):
-        raise UserError(f"make_task of {path} returns '{unknown[0]}', but may return {known}")
-    lacks = [m for m in ("initial", "transition", "max_episode_steps") if "env" in parts
-             and not hasattr(parts["env"], m)]  # fmt: skip
-    if lacks:
-        raise UserError(f"the environment 'env' of {path} lacks '{lacks[0]}'; see README")
-    source = (str(Path(path).resolve()), name, dataset_dir)
-    success = parts.get("success", True)
+    other = [key for key in parts if key not in known]
+    need(not other, f"make_task of {path} returns {other}, but may return {known}")
+    for part in ("initial", "transition", "max_episode_steps") * ("env" in parts):
+        need(hasattr(parts["env"], part), f"the 'env' of {path} lacks '{part}'; see README")
+    success, source = parts.get("success", True), (path.resolve(), name, dataset_dir)
     return Task(task_name, task_name, success=success, source=source, parts=parts)
 
 
@@ -838,43 +794,33 @@ def make_jax_env(task, args):
     """The task's environment as pure functions, or None where only the official one exists."""
     maze, backend = task.base.removeprefix("pointmaze-"), args.env_backend
     if backend == "mjx" and task.gym_id:
-        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / "mjx.py"
-        if not path.is_file():
-            raise UserError(f"--env-backend mjx needs {path.name} of the CleanFlow repository")
+        path = repository_file("tasks/mjx.py", "--env-backend mjx needs")
         return ask(load_file(path).make_env, task.gym_id, args.success_timing)
-    if backend in ("auto", "jax") and task.parts.get("env"):
-        return task.parts["env"]
-    if backend in ("auto", "jax") and task.base in JAX_ENVS:
-        return JAX_ENVS[task.base]()
-    if backend in ("auto", "jax") and task.base != maze and maze in MAZES:
-        return PointMaze(maze, task.index, args.success_timing)
-    if backend in ("jax", "mjx") or not task.official:
-        raise UserError(f"{task.name} has no {backend} environment; drop --env-backend")
-    return None
+    if backend in ("auto", "jax"):
+        if task.parts.get("env") or task.base in JAX_ENVS:
+            return task.parts.get("env") or JAX_ENVS[task.base]()
+        if task.base != maze and maze in MAZES:
+            return PointMaze(maze, task.index, args.success_timing)
+    official = backend in ("auto", "host") and (task.gym_id or "make_env" in task.parts)
+    need(official, f"{task.name} has no {backend} environment; drop --env-backend")
 
 
 # ==== end shared: tasks ====
 
 
 # ==== shared: point mazes ====
-# OGBench's point mazes, one word per row from the smallest y upwards, # is a wall; then the five
-# single tasks as (start row, start column, goal row, goal column).
+# OGBench's point mazes inside their outer wall, one word per row from the smallest y upwards, # is
+# a wall; and their five single tasks as (start row, start column, goal row, goal column).
 MAZES = {
-    "medium": (
-        "######## #..##..# #..#...# ##...### #..#...# #.#..#.# #...#..# ########",
-        ((1, 1, 6, 6), (6, 1, 1, 6), (5, 3, 4, 2), (6, 5, 6, 1), (2, 6, 1, 1)),
-    ),
-    "large": (
-        "############ #....#.....# #.##.#.#.#.# #......#...# #.####.###.# "
-        "#..#.#.....# ##.#.#.#.### #..#...#...# ############",
-        ((1, 1, 7, 10), (5, 4, 7, 1), (7, 4, 1, 10), (3, 8, 5, 4), (1, 1, 5, 4)),
-    ),
-    "giant": (
-        "################ #.#......##....# #.#.##.#.#..##.# #...#..#...#...# "
-        "#.###.######.#.# #...#...#....#.# ###.#.#..#.#.### #...#..#...#...# "
-        "#.#.#.######.#.# #.###...#...##.# #.....#...#....# ################",
-        ((1, 1, 10, 14), (1, 14, 10, 1), (8, 14, 1, 1), (8, 3, 5, 12), (5, 9, 3, 8)),
-    ),
+    "medium": "..##.. ..#... #...## ..#... .#..#. ...#..",
+    "large": "....#..... .##.#.#.#. ......#... .####.###. ..#.#..... #.#.#.#.## ..#...#...",
+    "giant": ".#......##.... .#.##.#.#..##. ...#..#...#... .###.######.#. ...#...#....#. "
+    "##.#.#..#.#.## ...#..#...#... .#.#.######.#. .###...#...##. .....#...#....",
+}
+TASKS = {
+    "medium": ((1, 1, 6, 6), (6, 1, 1, 6), (5, 3, 4, 2), (6, 5, 6, 1), (2, 6, 1, 1)),
+    "large": ((1, 1, 7, 10), (5, 4, 7, 1), (7, 4, 1, 10), (3, 8, 5, 4), (1, 1, 5, 4)),
+    "giant": ((1, 1, 10, 14), (1, 14, 10, 1), (8, 14, 1, 1), (8, 3, 5, 12), (5, 9, 3, 8)),
 }
 CELL, RADIUS = 4.0, 0.7  # width of a cell; radius of the ball
 STEP_SIZE, SUBSTEPS, TIMESTEP = 0.2, 5, 0.02  # displacement at |a| = 1; RK4 steps and their length
@@ -889,17 +835,14 @@ def wall_acceleration(px, py, vx, vy, walls):
     """
     # solref 0.02 is raised to 2 * timestep (refsafe): K = 1 / (dmax tc)^2, B = 2 / (dmax tc)
     dmin, dmax, width, tc = 0.9, 0.95, 0.001, 2 * TIMESTEP  # solimp and time constant
-    stiffness, damping = 1 / (dmax * tc) ** 2, 2 / (dmax * tc)
-    rows = []
-    own_x, own_y = jnp.minimum(px, 0), jnp.minimum(py, 0)
-    over_x, over_y = jnp.maximum(px, 0), jnp.maximum(py, 0)
-    offsets = ((own_x, over_y), (over_x, own_y), (own_x, own_y))  # ball - nearest point of the cell
+    stiffness, damping, rows = 1 / (dmax * tc) ** 2, 2 / (dmax * tc), []
+    own, over = ([limit(p, 0) for p in (px, py)] for limit in (jnp.minimum, jnp.maximum))
+    offsets = ((own[0], over[1]), (over[0], own[1]), own)  # ball - nearest point of the cell
     for wall, (dx, dy) in zip(walls, offsets, strict=True):
         distance = jnp.sqrt(jnp.maximum(dx * dx + dy * dy, 1e-12))
         nx, ny, depth = dx / distance, dy / distance, RADIUS - distance
         x = jnp.clip(depth / width, 0, 1)
-        y = jnp.where(x < 0.5, 2 * x * x, 1 - 2 * (1 - x) ** 2)
-        impedance = dmin + y * (dmax - dmin)
+        impedance = dmin + jnp.where(x < 0.5, 2 * x * x, 1 - 2 * (1 - x) ** 2) * (dmax - dmin)
         # w = 1 / R with R = (1 - imp) / imp * 2 mu^2 (1 + mu^2) * invweight, friction mu = 1 and
         # mass * invweight = 2/3 (MuJoCo averages 1/m, 1/m and the locked z axis' 0)
         w = jnp.where(wall & (depth > 0), impedance / (1 - impedance) / (4 * 2 / 3), 0)
@@ -910,16 +853,14 @@ def wall_acceleration(px, py, vx, vy, walls):
             rows.append((jx, jy, weight, aref))
 
     def newton(_, a):
-        ax, ay = a
-        gx, gy, hxx, hxy, hyy = ax, ay, 1.0, 0.0, 1.0
+        (gx, gy), hxx, hxy, hyy = a, 1.0, 0.0, 1.0
         for jx, jy, weight, aref in rows:
-            residual = jx * ax + jy * ay - aref
+            residual = jx * a[0] + jy * a[1] - aref
             active = jnp.where(residual < 0, weight, 0)  # contacts push, they never pull
             gx, gy = gx + active * residual * jx, gy + active * residual * jy
-            hxx, hyy = hxx + active * jx * jx, hyy + active * jy * jy
-            hxy = hxy + active * jx * jy
+            hxx, hxy, hyy = hxx + active * jx * jx, hxy + active * jx * jy, hyy + active * jy * jy
         det = hxx * hyy - hxy * hxy
-        return ax - (hyy * gx - hxy * gy) / det, ay - (hxx * gy - hxy * gx) / det
+        return a[0] - (hyy * gx - hxy * gy) / det, a[1] - (hxx * gy - hxy * gx) / det
 
     # Piecewise quadratic, so exact once the active rows are found: six steps did for each of two
     # million random states, nearly always four.
@@ -931,8 +872,8 @@ class PointMazeState(NamedTuple):
     success: jax.Array  # did the last transition reach the goal?
 
 
-class PointMaze(FuncEnv):
-    """OGBench's pointmaze-{medium,large,giant} with a fixed task, as pure functions.
+class PointMaze:
+    """OGBench's pointmaze-{medium,large,giant} with a fixed task, as gymnasium's FuncEnv.
 
     MuJoCo's contact dynamics, written out for a ball and the cells around it: a step agrees with
     the official environment to 1e-12 in float64 (1e-8 where MuJoCo's solver stops early, a few
@@ -940,20 +881,15 @@ class PointMaze(FuncEnv):
     a wall (|a_i| > 3 could). As there, actions are not clipped.
     """
 
-    max_episode_steps = 1000
-    goal_tol = 1.0
+    max_episode_steps, goal_tol = 1000, 1.0
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
 
-    def __init__(self, maze: str, task: int = 1, success_timing: str = "post"):
-        super().__init__()
-        if maze not in MAZES or task not in range(1, 6) or success_timing not in ("pre", "post"):
-            raise ValueError(f"no point maze {maze!r}, task {task}, timing {success_timing!r}")
-        rows, tasks = MAZES[maze]
-        self.maze_map = np.array([[c == "#" for c in row] for row in rows.split()], np.int64)
-        self.start_xy = self.ij_to_xy(np.array(tasks[task - 1][:2]))
-        self.goal_xy = self.ij_to_xy(np.array(tasks[task - 1][2:]))
+    def __init__(self, maze, task=1, success_timing="post"):
+        inside = np.array([[c == "#" for c in row] for row in MAZES[maze].split()])
+        self.maze_map = np.pad(inside, 1, constant_values=True)
+        self.start_xy, self.goal_xy = self.ij_to_xy(np.reshape(TASKS[maze][task - 1], (2, 2)))
         self.success_timing = success_timing
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
 
     def ij_to_xy(self, ij):
         return CELL * ij[..., ::-1] - CELL
@@ -964,39 +900,35 @@ class PointMaze(FuncEnv):
     def move(self, xy, action):
         """Position and velocity after one step; the ball starts each step at rest."""
         xy = xy + STEP_SIZE * action
-        ij = self.xy_to_ij(xy)
+        i, j = ij = self.xy_to_ij(xy)
         from_centre = xy - self.ij_to_xy(ij)
         # Mirror the plane so that the ball sits in the lower left of the four nearest cells. The
         # meeting point as the origin also keeps float32 accurate far from the maze's corner.
-        side = jnp.where(from_centre < 0, -1, 1)
-        p = jnp.abs(from_centre) - CELL / 2
-        (i, j), (sx, sy), wall = ij, side, jnp.asarray(self.maze_map == 1)
+        sx, sy = side = jnp.where(from_centre < 0, -1, 1)
+        p, wall = jnp.abs(from_centre) - CELL / 2, jnp.asarray(self.maze_map)
         walls = wall[i, j + sx], wall[i + sy, j], wall[i + sy, j + sx]
-
-        def derivative(s):
-            return (*s[2:], *wall_acceleration(*s, walls))
 
         def advance(s, h, k):
             return tuple(a + h * b for a, b in zip(s, k, strict=True))
 
-        def rk4(s, _):
-            k1 = derivative(s)
-            k2 = derivative(advance(s, TIMESTEP / 2, k1))
-            k3 = derivative(advance(s, TIMESTEP / 2, k2))
-            k4 = derivative(advance(s, TIMESTEP, k3))
-            ends, middle = advance(k1, 1, k4), advance(k2, 1, k3)
-            return advance(s, TIMESTEP / 6, advance(ends, 2, middle)), None
+        def rk4(_, s):
+            slope = lambda s: (*s[2:], *wall_acceleration(*s, walls))
+            k1 = slope(s)
+            k2 = slope(advance(s, TIMESTEP / 2, k1))
+            k3 = slope(advance(s, TIMESTEP / 2, k2))
+            k4 = slope(advance(s, TIMESTEP, k3))
+            return advance(s, TIMESTEP / 6, advance(advance(k1, 1, k4), 2, advance(k2, 1, k3)))
 
         # Scalars rather than vectors: under vmap each becomes one (batch,) array, which XLA fuses.
-        state = (p[0], p[1], jnp.zeros_like(p[0]), jnp.zeros_like(p[0]))
-        state, _ = jax.lax.scan(rk4, state, None, length=SUBSTEPS)
-        return xy + side * (jnp.stack(state[:2]) - p), side * jnp.stack(state[2:])
+        start = (p[0], p[1], jnp.zeros_like(p[0]), jnp.zeros_like(p[0]))
+        px, py, *velocity = jax.lax.fori_loop(0, SUBSTEPS, rk4, start)
+        return xy + side * (jnp.stack([px, py]) - p), side * jnp.stack(velocity)
 
-    def initial(self, rng: Any, params: Any = None) -> PointMazeState:
+    def initial(self, rng, params=None):
         xy = self.start_xy + jax.random.uniform(rng, (2,), minval=-1, maxval=1)
         return PointMazeState(xy, jnp.asarray(False))
 
-    def transition(self, state, action, rng=None, params=None) -> PointMazeState:
+    def transition(self, state, action, rng=None, params=None):
         xy, _ = self.move(state.xy, action)
         judged = xy if self.success_timing == "post" else state.xy
         return PointMazeState(xy, jnp.linalg.norm(judged - self.goal_xy) <= self.goal_tol)
@@ -1005,106 +937,76 @@ class PointMaze(FuncEnv):
         return state.xy
 
     def reward(self, state, action, next_state, rng=None, params=None):
-        return next_state.success.astype(jnp.float32) - 1
+        return next_state.success - 1.0
 
     def terminal(self, state, rng=None, params=None):
         return state.success
 
-    def success(self, state):
-        return state.success
+    success = terminal
 
 
-def maze_paths(maze_map):
-    """Shortest-path lengths between cells and the next cell on the way, both [from, to].
-
-    Cells are numbered row by row. A wall or the goal itself leads nowhere: next = from. Among
-    equally short ways the order up, left, down, right decides, as in OGBench.
-    """
-    size, free = maze_map.size, np.flatnonzero(maze_map == 0)
-    width = maze_map.shape[1]
-    neighbours = free + np.array([-width, -1, width, 1])[:, None]
-    length = np.full((size, size), size)  # `size` means unreachable
-    length[free, free] = 0
-    for _ in free:
-        length[free] = np.minimum(length[free], length[neighbours].min(0) + 1)
-    step = neighbours[length[neighbours].argmin(0), np.arange(len(free))[:, None]]
-    next_cell = np.tile(np.arange(size)[:, None], size)
-    closer = length[neighbours].min(0) < length[free]
-    next_cell[free] = np.where(closer, step, next_cell[free])
-    return length, next_cell
+def maze_paths(wall):
+    """Shortest-path lengths between cells, numbered row by row, and the next cell on the way, both
+    [from, to]. Among equally short ways up, left, down, right decides, as in OGBench."""
+    size, width, blocked = wall.size, wall.shape[1], wall.reshape(-1, 1)
+    cells = np.arange(size)[:, None]
+    around = (cells[:, 0] + [[-width], [-1], [width], [1]]) % size
+    length = np.where((cells == cells.T) & ~blocked, 0, size)  # `size` means unreachable
+    for _ in cells:
+        length = np.where(blocked, size, np.minimum(length, length[around].min(0) + 1))
+    nearest = around[length[around].argmin(0), cells]
+    return length, np.where(length[around].min(0) < length, nearest, cells)
 
 
-def collect_pointmaze(
-    maze: str,
-    num_transitions: int,
-    seed: int = 0,
-    dataset_type: str = "navigate",
-    with_goals: bool = False,
-) -> dict[str, np.ndarray]:
-    """Collect a dataset as OGBench made its own, in the layout of its files.
+def collect_pointmaze(maze, num_transitions, seed=0, dataset_type="navigate"):
+    """Collect a dataset as OGBench made its own, in the layout of its files, with the goals added.
 
-    The controller walks from cell to cell along the shortest path with Gaussian action noise.
+    The controller walks from cell to cell along the shortest path with Gaussian action noise;
     navigate: a new goal whenever one is reached; stitch: one goal, four cells away. An episode of
-    n + 1 rows holds n transitions (OGBench's 1M: 1000 episodes of 1001 rows; giant 500 of 2001;
-    stitch 5000 of 201), and the number of episodes is rounded up. `with_goals` adds the position
-    that each row was heading for, which OGBench does not store.
+    n + 1 rows holds n transitions; the number of episodes is rounded up.
     """
-    if dataset_type not in ("navigate", "stitch"):
-        raise ValueError(f"no dataset type {dataset_type!r}: navigate or stitch")
     env, navigate = PointMaze(maze), dataset_type == "navigate"
-    steps = (2001 if maze == "giant" else 1001) if navigate else 201
+    steps = dict(navigate=2001 if maze == "giant" else 1001, stitch=201)[dataset_type]
     episodes = -(-num_transitions // (steps - 1))
-    length, next_cell = maze_paths(env.maze_map)
-
-    wall = env.maze_map == 1
+    wall, (length, next_cell) = env.maze_map, maze_paths(env.maze_map)
     up, down, left, right = (np.roll(wall, shift, axis) for axis in (0, 1) for shift in (1, -1))
     hallway = (up & down & ~left & ~right) | (left & right & ~up & ~down)
     goals = np.flatnonzero(~wall & ~hallway)  # OGBench puts no goals in the middle of a corridor
     cell_xy = jnp.asarray(env.ij_to_xy(np.indices(wall.shape).reshape(2, -1).T))
 
+    def step(carry, key):
+        xy, velocity, goal, goal_xy = carry
+        noise_key, cell_key, goal_key = jax.random.split(key, 3)
+        i, j = env.xy_to_ij(xy)
+        way = cell_xy[jnp.asarray(next_cell)[i * wall.shape[1] + j, goal]] - xy
+        way = way / (jnp.linalg.norm(way) + 1e-6)
+        action = jnp.clip(way + 0.5 * jax.random.normal(noise_key, (2,)), -1, 1)
+        row = dict(observations=xy, actions=action, qpos=xy, qvel=velocity, goals=goal_xy)
+        xy, velocity = env.move(xy, action)
+        reached = navigate & (jnp.linalg.norm(xy - goal_xy) <= env.goal_tol)
+        new = jax.random.choice(cell_key, jnp.asarray(goals))
+        new_xy = cell_xy[new] + jax.random.uniform(goal_key, (2,), minval=-1, maxval=1)
+        new, new_xy = jnp.where(reached, new, goal), jnp.where(reached, new_xy, goal_xy)
+        return (xy, velocity, new, new_xy), row
+
     rng = np.random.default_rng(seed)
     starts = rng.choice(np.flatnonzero(~wall), episodes)
-    if navigate:
-        first_goals = rng.choice(goals, episodes)
-    else:
-        first_goals = np.array([rng.choice(np.flatnonzero(length[s] == 4)) for s in starts])
-    noise = jnp.asarray(rng.uniform(-1, 1, (2, episodes, 2)))
+    near = [goals if navigate else np.flatnonzero(length[cell] == 4) for cell in starts]
+    first = np.array([rng.choice(cells) for cells in near])
+    noise = rng.uniform(-1, 1, (2, episodes, 2))
     velocity = 0.1 * rng.standard_normal((episodes, 2))  # the reset's: stored, without any effect
-
-    def episode(key, xy, velocity, goal_cell, goal_xy):
-        def step(carry, key):
-            xy, velocity, goal_cell, goal_xy = carry
-            noise_key, cell_key, goal_key = jax.random.split(key, 3)
-            i, j = env.xy_to_ij(xy)
-            way = cell_xy[jnp.asarray(next_cell)[i * wall.shape[1] + j, goal_cell]] - xy
-            way = way / (jnp.linalg.norm(way) + 1e-6)
-            action = jnp.clip(way + 0.5 * jax.random.normal(noise_key, (2,)), -1, 1)
-            row = (xy, action, velocity, goal_xy)
-            xy, velocity = env.move(xy, action)
-            if navigate:
-                reached = jnp.linalg.norm(xy - goal_xy) <= env.goal_tol
-                new_cell = jax.random.choice(cell_key, jnp.asarray(goals))
-                new_xy = cell_xy[new_cell] + jax.random.uniform(goal_key, (2,), minval=-1, maxval=1)
-                goal_cell = jnp.where(reached, new_cell, goal_cell)
-                goal_xy = jnp.where(reached, new_xy, goal_xy)
-            return (xy, velocity, goal_cell, goal_xy), row
-
-        carry = (xy, velocity, goal_cell, goal_xy)
-        return jax.lax.scan(step, carry, jax.random.split(key, steps))[1]
-
+    begin = (cell_xy[starts] + noise[0], jnp.asarray(velocity), first, cell_xy[first] + noise[1])
+    episode = lambda begin, key: jax.lax.scan(step, begin, jax.random.split(key, steps))[1]
     keys = jax.random.split(jax.random.key(seed), episodes)
-    start_xy, goal_xy = cell_xy[starts] + noise[0], cell_xy[first_goals] + noise[1]
-    rows = jax.jit(jax.vmap(episode))(keys, start_xy, jnp.asarray(velocity), first_goals, goal_xy)
-    xy, actions, velocity, goals = (np.asarray(a, np.float32).reshape(-1, 2) for a in rows)
-    terminals = np.tile(np.arange(steps) == steps - 1, episodes)
-    data = dict(observations=xy, actions=actions, terminals=terminals, qpos=xy, qvel=velocity)
-    return data | (dict(goals=goals) if with_goals else {})
+    rows = jax.device_get(jax.jit(jax.vmap(episode))(begin, keys))
+    data = {k: np.asarray(v, np.float32).reshape(-1, 2) for k, v in rows.items()}
+    return data | dict(terminals=np.tile(np.arange(steps) == steps - 1, episodes))
 
 
 # ==== end shared: point mazes ====
 
 
-# ==== shared: vector environments ====
+# ==== shared: environments and evaluation ====
 def reset_envs(env, key, num_envs):
     """Start `num_envs` copies of a functional environment -> (states, steps taken)."""
     states = jax.vmap(env.initial)(jax.random.split(key, num_envs))
@@ -1117,67 +1019,27 @@ def observe(env, env_state):
 
 
 def step_envs(env, env_state, actions, key):
-    """Step all copies and restart those that ended.
-
-    Returns the new states and, per copy: reward, terminated (no bootstrap), truncated (time limit,
-    bootstrap), success, and next_obs, the observation before any restart.
-    """
+    """Step all copies and restart those that ended -> (new states, dict of each copy's reward,
+    success, terminated (no bootstrap), truncated (time limit, bootstrap) and next_obs, the
+    observation before any restart)."""
     states, t = env_state
-    keys, reset_keys = jax.random.split(key, (2, t.shape[0]))
-    next_states = jax.vmap(env.transition)(states, actions, keys)
-    reward = jax.vmap(lambda s, a, n: env.reward(s, a, n, None))(states, actions, next_states)
-    terminated = jax.vmap(lambda s: env.terminal(s, None))(next_states)
-    truncated = (t + 1 >= env.max_episode_steps) & ~terminated
-    done = terminated | truncated
-    success = jax.vmap(env.success)(next_states) if hasattr(env, "success") else jnp.zeros(t.shape)
-    out = dict(
-        reward=reward.astype(jnp.float32),
-        terminated=terminated,
-        truncated=truncated,
-        success=success.astype(jnp.float32),
-        next_obs=observe(env, (next_states, t)),
-    )
+    keys, reset_keys = jax.random.split(key, (2, len(t)))
 
-    def restart(new, old):
-        return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old)
+    def step(state, action, key):
+        new = env.transition(state, action, key)
+        success = env.success(new) if hasattr(env, "success") else 0
+        out = dict(success=jnp.float32(success), terminated=env.terminal(new, None))
+        out |= dict(reward=jnp.float32(env.reward(state, action, new, None)))
+        return new, out | dict(next_obs=env.observation(new, None))
 
+    states, out = jax.vmap(step)(states, actions, keys)
+    out["truncated"] = (t + 1 >= env.max_episode_steps) & ~out["terminated"]
+    done = out["terminated"] | out["truncated"]
     fresh, _ = jax.lax.cond(  # most steps end no episode
-        done.any(), lambda: reset_envs(env, reset_keys[0], t.shape[0]), lambda: (next_states, t)
+        done.any(), lambda: reset_envs(env, reset_keys[0], len(t)), lambda: (states, t)
     )
-    return (jax.tree.map(restart, fresh, next_states), jnp.where(done, 0, t + 1)), out
-
-
-def evaluate_jax(env, policy, key, num_episodes):
-    """Run `num_episodes` in parallel, in one program; all start together.
-
-    `policy(obs (D,), key) -> (H * A,)` gives the actions of the next H steps, which are taken
-    without looking. Returns arrays (num_episodes,): success at the last step, return, length.
-    """
-    start_key, env_key, policy_key = jax.random.split(key, 3)
-
-    def decide(loop):
-        env_state, _, result = loop
-        t = result["length"].max()
-        keys = jax.random.split(jax.random.fold_in(policy_key, t), num_episodes)
-        chunks = jax.vmap(policy)(observe(env, env_state), keys)
-        chunks = chunks.reshape(num_episodes, -1, *env.action_space.shape).swapaxes(0, 1)
-        return jax.lax.scan(episode_step, loop, chunks)[0]
-
-    def episode_step(loop, actions):
-        env_state, alive, result = loop
-        t = result["length"].max()
-        env_state, out = step_envs(env, env_state, actions, jax.random.fold_in(env_key, t))
-        result = {
-            "success": jnp.where(alive, out["success"], result["success"]),
-            "return": result["return"] + alive * out["reward"],
-            "length": result["length"] + alive,
-        }
-        return (env_state, alive & ~out["terminated"] & ~out["truncated"], result), None
-
-    zeros = jnp.zeros(num_episodes)
-    result = {"success": zeros, "return": zeros, "length": jnp.zeros(num_episodes, jnp.int32)}
-    start = (reset_envs(env, start_key, num_episodes), jnp.ones(num_episodes, bool), result)
-    return jax.lax.while_loop(lambda loop: loop[1].any(), decide, start)[2]
+    states = jax.tree.map(functools.partial(jax.vmap(jnp.where), done), fresh, states)
+    return (states, jnp.where(done, 0, t + 1)), out
 
 
 class SeededReset(gymnasium.Wrapper):
@@ -1192,159 +1054,228 @@ class SeededReset(gymnasium.Wrapper):
 
 
 def make_host_env(task, success_timing):
-    """The official environment (or a task file's); in a worker process Ctrl-C is left to the main
-    process."""
+    """The official environment, or a task file's."""
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's spaces set off warnings
-    if multiprocessing.parent_process() is not None:
+    if multiprocessing.parent_process() is not None:  # Ctrl-C is left to the main process
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if task.source:  # loaded here again: a worker cannot import what the main process loaded
         path, name, dataset_dir = task.source
         return SeededReset(ask(load_file(path).make_task(name, dataset_dir)["make_env"]))
-    import ogbench  # noqa: F401  registers the environments
-
     options = dict(success_timing=success_timing) if task.dataset else {}
-    return SeededReset(gymnasium.make(task.gym_id, **options))
+    return SeededReset(gymnasium.make(f"ogbench:{task.gym_id}", **options))  # imports ogbench first
 
 
 def make_host_envs(task, args, num_envs, autoreset):
     """`num_envs` official environments in processes of their own."""
     make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
-    return gymnasium.vector.AsyncVectorEnv(
-        [make] * num_envs,
-        autoreset_mode=autoreset,
-        context="forkserver",  # forking a process that runs JAX's threads can deadlock
-    )
+    options = dict(autoreset_mode=autoreset, context="forkserver")  # fork deadlocks JAX's threads
+    return gymnasium.vector.AsyncVectorEnv([make] * num_envs, **options)
 
 
-def evaluate_host(envs, act, seeds, step, num_episodes):
-    """Run `num_episodes` per seed on official environments, one after another in each slot.
+def evaluate_jax(env, episodes, policy, state, step):
+    """Episodes of one seed, all at once in one program -> {success (at the last step), return,
+    length: (episodes,)}. The H actions that the policy gives are taken without looking."""
+    start_key, env_key, policy_key = jax.random.split(purpose_key(state.seed, "eval", step), 3)
 
-    `act(obs (S, slots, D), episode (S, slots), t (S, slots)) -> actions (S, slots, A)`. An episode
-    depends on (seed, step, its number) alone, so the result does not depend on how many slots
-    there are. Returns arrays (S, num_episodes): success at the last step, return, length.
-    """
-    num_slots = envs.num_envs // len(seeds)
-    shape = (len(seeds), num_slots)
-    episode = np.tile(np.arange(num_slots), (len(seeds), 1))
-    next_episode = np.full(len(seeds), num_slots)
-    t, total = np.zeros(shape, np.int32), np.zeros(shape)
-    result = {k: np.zeros((len(seeds), num_episodes)) for k in ("success", "return", "length")}
-    remaining = len(seeds) * num_episodes
+    def take(loop, actions):
+        env_state, alive, result = loop
+        key = jax.random.fold_in(env_key, result["length"].max())
+        env_state, out = step_envs(env, env_state, actions, key)
+        ended = out["terminated"] | out["truncated"]
+        gain = {"success": ended * out["success"], "return": out["reward"], "length": 1}
+        result = {k: v + alive * gain[k] for k, v in result.items()}
+        return (env_state, alive & ~ended, result), None
 
-    def episode_seeds():
-        ids = [(seeds[s], step, episode[s, k]) for s in range(shape[0]) for k in range(shape[1])]
-        return [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
+    def chunk(loop):
+        key = jax.random.fold_in(policy_key, loop[2]["length"].max())
+        one = functools.partial(policy, state)
+        actions = jax.vmap(one)(observe(env, loop[0]), jax.random.split(key, episodes))
+        actions = actions.reshape(episodes, -1, *env.action_space.shape).swapaxes(0, 1)
+        return jax.lax.scan(take, loop, actions)[0]
 
-    obs, _ = envs.reset(seed=episode_seeds())
-    while remaining:
-        actions = np.asarray(act(obs.reshape(*shape, -1), episode, t))
-        obs, reward, terminated, truncated, info = envs.step(actions.reshape(envs.num_envs, -1))
-        t += 1
-        total += reward.reshape(shape)
-        done = (terminated | truncated).reshape(shape)
-        for s, k in zip(*np.nonzero(done), strict=True):
-            if episode[s, k] < num_episodes:
-                success = np.asarray(info["success"]).reshape(shape) if "success" in info else t * 0
-                outcome = {"success": success[s, k], "return": total[s, k], "length": t[s, k]}
-                for name, value in outcome.items():
-                    result[name][s, episode[s, k]] = value
-                remaining -= 1
-            episode[s, k] = next_episode[s]
-            next_episode[s] += 1
-        if done.any() and remaining:
+    zeros = jnp.zeros(episodes)
+    result = {"success": zeros, "return": zeros, "length": zeros.astype(int)}
+    start = (reset_envs(env, start_key, episodes), zeros == 0, result)
+    return jax.lax.while_loop(lambda loop: loop[1].any(), chunk, start)[2]
+
+
+def evaluate_host(make_envs, episodes, seeds, act, state, step):
+    """Episodes of S seeds on official environments, one after another in each slot -> as above,
+    (S, episodes). Episode n is a function of (seed, step, n), however many slots there are.
+    `act(state, obs (S, slots, D), n (S, slots), t (S, slots), step) -> (S, slots, H * A)`."""
+    envs = make_envs()
+    shape = (len(seeds), envs.num_envs // len(seeds))
+    n = np.tile(np.arange(shape[1]), (shape[0], 1))  # the episode in each slot
+    t, total, done = np.zeros(shape, np.int32), np.zeros(shape), np.ones(shape, bool)
+    result, chunks, horizon = np.zeros((3, shape[0], episodes)), 0.0, 1
+    while n.min() < episodes:
+        if done.any():
             t[done], total[done] = 0, 0.0
-            obs, _ = envs.reset(seed=episode_seeds(), options={"reset_mask": done.reshape(-1)})
-    return result
+            ids = [(seeds[s], step, n[s, k]) for s, k in np.ndindex(shape)]
+            fresh = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
+            obs, _ = envs.reset(seed=fresh, options={"reset_mask": done.reshape(-1)})
+        due = t % horizon == 0  # the slots' episodes are out of phase
+        if due.any():
+            new = np.asarray(act(state, obs.astype(np.float32).reshape(*shape, -1), n, t, step))
+            new = new.reshape(*shape, -1, *envs.single_action_space.shape)
+            chunks, horizon = np.where(due[..., None, None], new, chunks), new.shape[2]
+        actions = np.take_along_axis(chunks, (t % horizon)[..., None, None], axis=2)
+        obs, reward, *ends, info = envs.step(actions.reshape(envs.num_envs, -1))
+        t, total, done = t + 1, total + reward.reshape(shape), np.any(ends, axis=0).reshape(shape)
+        success = np.reshape(info.get("success", 0 * reward), shape)
+        for s, k in np.argwhere(done):
+            if n[s, k] < episodes:
+                result[:, s, n[s, k]] = success[s, k], total[s, k], t[s, k]
+            n[s, k] = n[s].max() + 1
+    return dict(zip(("success", "return", "length"), result, strict=True))
 
 
-# ==== end shared: vector environments ====
+def metric_names(task, policies):
+    """An evaluation's metrics by mode of acting; score and success where there are such."""
+    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
+    return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
+
+
+def summary(results):
+    """Mean over seeds and episodes, with the deviation over seeds where there are several."""
+    means = {name: values.mean(axis=1) for name, values in results.items()}
+    spread = lambda mean: f" ± {mean.std():.2f}" if len(mean) > 1 else ""
+    return "  ".join(f"{name} {mean.mean():.2f}{spread(mean)}" for name, mean in means.items())
+
+
+def make_evaluate(task, env, policies, args):
+    """Function (state of all seeds, step, every) -> {metric: (num_seeds, episodes)} of one
+    evaluation; of the first mode alone unless `every` or --eval-all-modes. `policies` maps a mode,
+    in which its metrics' names end, to `policy(state, obs (D,), key) -> (H * A,)`, the actions of
+    the next H steps. `env` is the JAX environment or None (official)."""
+    seeds, episodes = [args.seed + i for i in range(args.num_seeds)], args.eval_episodes
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = len(seeds) * max(1, min(episodes, cores // len(seeds)))
+    keep = gymnasium.vector.AutoresetMode.DISABLED  # an ended episode waits to be reset
+    envs = functools.cache(lambda: make_host_envs(task, args, count, keep))  # at the first call
+
+    def one_mode(policy):
+        def act(state, obs, n, t, step):
+            return policy(state, obs, purpose_key(state.seed, "eval", step, n, t))
+
+        if env is not None and args.env_backend != "mjx":  # MJX: evaluated officially
+            run = functools.partial(evaluate_jax, env, episodes, policy)
+            return jax.jit(jax.vmap(run, (0, None)))
+        act = jax.jit(jax.vmap(jax.vmap(act, (None, 0, 0, 0, None)), (0, 0, 0, 0, None)))
+        return functools.partial(evaluate_host, envs, episodes, seeds, act)
+
+    modes = {mode: one_mode(policy) for mode, policy in policies.items()}
+
+    def evaluate(state, step, every=True):
+        results, every = {}, every or getattr(args, "eval_all_modes", False)
+        for mode in list(modes)[: None if every else 1]:
+            result = jax.device_get(modes[mode](state, step))
+            if score := task.parts.get("score"):
+                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
+            results |= {k: result[k.partition("_")[0]] for k in metric_names(task, [mode])}
+        return results
+
+    return evaluate
+
+
+def record(run_dir):
+    """--video: call benchmark/see.py, where the script has it beside it."""
+    tool = Path(__file__).resolve().parent.parent / "benchmark" / "see.py"
+    command = [str(tool), str(run_dir), "--script", __file__]
+    if not tool.is_file():
+        raise UserError(f"--video needs benchmark/see.py of the CleanFlow repository: copy that "
+                        f"file and run: python {shlex.join(['see.py', *command[1:]])}")  # fmt: skip
+    if subprocess.run([sys.executable, *command]).returncode:
+        raise UserError("recording failed; see the message above")
+
+
+def evaluate_only(args, task):
+    """--evaluate: rebuild a run's networks, evaluate its last checkpoint as it did; a table."""
+    if args.video:
+        record(args.evaluate)
+    tree, facts = load_checkpoint(args.evaluate)
+    env = make_jax_env(task, args)
+    spaces = env or make_host_env(task, args.success_timing)
+    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
+    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
+    state = restore(state, tree["state"], args.evaluate)
+    policies = evaluation_policies(make_networks(args, act_dim), args)
+    results = make_evaluate(task, env, policies, args)(state, facts["step"])
+    print(f"{task.name}, step {facts['step']:,}, {args.eval_episodes} episodes per seed")
+    for names in (metric_names(task, [mode]) for mode in policies):
+        width = max(map(len, names)) + 3
+        print("  seed" + "".join(f"{name:>{width}}" for name in names))
+        for i in range(args.num_seeds):
+            means = (results[name][i].mean() for name in names)
+            print(f"{args.seed + i:>6}" + "".join(f"{mean:>{width}.2f}" for mean in means))
+    print(f"   all  {summary(results)}")
+    return results
+
+
+# ==== end shared: environments and evaluation ====
 
 
 # ==== shared: data ====
 AUTO_COLLECT = 200_000  # transitions collected when a download fails
 ACTION_LIMIT = 1 - 1e-5  # dataset actions are kept just inside the box
+RANKS = dict(terminals=1, observations=2, actions=2, next_observations=2, rewards=1, masks=1)
 
 
 def load_dataset(task, args):
-    """Transitions of a task -> (dict of arrays, source).
+    """Transitions of a task -> (dict of float32 arrays, source).
 
     Keys: observations, next_observations (N, D), actions (N, A), rewards, masks (0 after success),
     terminals (1 at an episode's last row), each (N,). From --dataset, from the task file, or from
     `dataset_dir`: an official or a collected file, else a download, else data collected here.
     """
     if args.dataset:
-        raw, source = read_file(Path(args.dataset).expanduser()), f"own ({Path(args.dataset).name})"
-        if "rewards" not in raw and not task.dataset:
-            raise UserError(f"{args.dataset}: no 'rewards' in it")
+        path = Path(args.dataset).expanduser()
+        data, source = read_file(path), f"own ({path.name})"
     elif "data" in task.parts:
-        raw, source = ask(task.parts["data"])
-    elif task.dataset:
-        raw, source = ogbench_file(task, Path(args.dataset_dir).expanduser())
+        data, source = ask(task.parts["data"])
     else:
-        raise UserError(f"{task.name} comes without data: give --dataset FILE.npz")
-    data = transitions(raw) if "next_observations" not in raw else dict(raw)
-    maze = task.base.removeprefix("pointmaze-")
-    if task.base != maze and maze in MAZES:
-        env = PointMaze(maze, task.index)
-    else:
-        env = task.parts.get("env") or make_host_env(task, args.success_timing)
-    if "rewards" not in raw:
-        relabel(task, env, data)
-    data = {k: np.asarray(v, np.float32) for k, v in data.items()}
-    boxed = np.isfinite(env.action_space.high).all()
-    check_transitions(data, args.dataset or source, boxed)
-    sizes = env.observation_space.shape[0], env.action_space.shape[0]
-    if sizes != (data["observations"].shape[1], data["actions"].shape[1]):
-        raise UserError(
-            f"the dataset belongs to another environment: {task.name} has observations and actions "
-            f"of {sizes[0]} and {sizes[1]} entries; put the right {task.dataset}.npz in place"
-        )
+        need(task.dataset, f"{task.name} comes without data: give --dataset FILE.npz")
+        data, source = ogbench_data(task, Path(args.dataset_dir).expanduser())
+    what = f"mend or replace {args.dataset or f'the data of {task.name} ({source})'}"
+    env = make_jax_env(task, dataclasses.replace(args, env_backend="auto"))
+    env = env or ask(make_host_env, task, args.success_timing)
+    if "rewards" not in data:
+        relabel(task, env, data, what)
+    check(data, what, *RANKS)
+    obs, actions = env.observation_space.shape, env.action_space.shape
+    found = [np.shape(data[k])[1:] for k in ("observations", "next_observations", "actions")]
+    text = f"it belongs to another environment, {task.name} has shapes {obs} and {actions}"
+    need(found == [obs, obs, actions], f"{what}: {text}")
+    inside = np.isinf(env.action_space.high).any() or np.abs(data["actions"]).max() <= 1 + 1e-5
+    need(inside, f"{what}: it has actions outside [-1, 1]")
+    longest = np.diff(np.flatnonzero(data["terminals"]), prepend=-1).max(initial=0)
+    for flag in ("n-step", "horizon", "horizon-length"):
+        enough = longest >= (getattr(args, flag.replace("-", "_"), None) or 1)
+        need(enough, f"{what}: its longest episode has {longest} rows, too few for --{flag}")
     if hasattr(env, "close"):
         env.close()
-    return data, source
+    return {k: np.asarray(data[k], np.float32) for k in RANKS}, source
 
 
-def ogbench_file(task, directory):
-    """Raw arrays of an OGBench dataset -> (dict, source)."""
-    official = directory / f"{task.dataset}.npz"
-    collected = directory / f"{task.dataset}.collected.npz"
+def ogbench_data(task, directory):
+    """Transitions of an OGBench dataset -> (dict, source)."""
+    official, other = (directory / f"{task.dataset}{kind}.npz" for kind in ("", ".collected"))
     maze = task.base.removeprefix("pointmaze-")
-    if not official.exists() and not collected.exists():
+    if not official.exists() and not other.exists():
         if task.base != maze and maze in MAZES:  # quicker than any download
             kind = task.dataset.removeprefix(f"{task.base}-").removesuffix("-v0")
-            data = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
-            return data, f"collected ({AUTO_COLLECT:,} transitions, in this script)"
-        if not download(task.dataset, directory):
-            collect(task.dataset, directory)
+            raw = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
+            source = f"collected ({AUTO_COLLECT:,} transitions, in this script)"
+            return transitions(raw, task.name), source
+        if not download(official):
+            collect(official)
     if official.exists():
         return read_file(official), "official"
-    return read_file(collected), f"collected ({collected.name})"
-
-
-def transitions(raw):
-    """Rows with their successors; an episode's last row has none and is dropped."""
-    keep = np.flatnonzero(~raw["terminals"].astype(bool))
-    data = {k: v[keep] for k, v in raw.items() if len(v) == len(raw["terminals"])}
-    data["next_observations"] = raw["observations"][keep + 1]
-    data["terminals"] = raw["terminals"][keep + 1]
-    return data
-
-
-def relabel(task, env, data):
-    """Rewards and masks of the task, from the simulator's positions, as OGBench computes them."""
-    if isinstance(env, PointMaze):  # the same, without its simulator
-        distance = np.linalg.norm(data["qpos"] - env.goal_xy, axis=-1)
-        data["masks"] = (distance > env.goal_tol).astype(np.float32)
-        data["rewards"] = -data["masks"]
-    else:
-        from ogbench.relabel_utils import relabel_dataset
-
-        relabel_dataset(task.gym_id, env, data)
+    return read_file(other), f"collected ({other.name})"
 
 
 def read_file(path):
-    """Read and check a dataset, FILE.npz or FILE.hdf5: observations (N, D), actions (N, A),
-    terminals (N,) in OGBench's layout, or transitions, with rewards, masks, next_observations."""
+    """Transitions of a dataset, FILE.npz or FILE.hdf5."""
     try:
         if path.suffix in (".hdf5", ".h5"):
             import h5py
@@ -1354,84 +1285,103 @@ def read_file(path):
         else:
             with np.load(path) as file:
                 raw = {k: file[k] for k in file.files if k != "metadata"}
-    except ImportError as e:
-        raise UserError(f"reading {path} needs h5py: pip install h5py") from e
     except Exception as e:
-        raise UserError(f"cannot read {path} ({e}); delete it and start again") from e
-
-    def bad(what):
-        raise UserError(f"{path}: {what}; delete the file and download or collect it again")
-
-    if "next_observations" in raw and "masks" not in raw and "terminals" in raw:  # D4RL's names
-        raw["masks"] = 1.0 - raw["terminals"].astype(np.float32)
-        raw["terminals"] = np.maximum(raw["terminals"], raw.get("timeouts", 0)).astype(np.float32)
-        raw["terminals"][-1:] = 1
-    needed = [("terminals", 1), ("observations", 2), ("actions", 2)]
-    needed += [("qpos", 2)] * ("rewards" not in raw) + [("rewards", 1)] * ("rewards" in raw)
-    for key, _ in needed:
-        if key not in raw:
-            bad(f"no '{key}' in it")
-    for key, ndim in needed:
-        if raw[key].ndim != ndim or len(raw[key]) != len(raw["terminals"]) or len(raw[key]) < 2:
-            bad(f"'{key}' has shape {raw[key].shape}")
-        if (
-            raw[key].dtype.kind not in ("f" if ndim == 2 else "fb")
-            or not np.isfinite(raw[key]).all()
-        ):
-            bad(f"'{key}' is not floating point, or holds NaN or infinity")
-    if not raw["terminals"][-1]:
-        bad("the last row does not end an episode, so the file looks cut short")
-    if raw["terminals"].all():
-        bad("every row ends an episode")
-    return raw
+        raise UserError(f"cannot read {path}: {e}; pip install what lacks, or replace it") from e
+    return transitions(raw, f"mend or replace {path}")
 
 
-def check_transitions(data, source, boxed):
-    """Refuse what would train into nonsense: shapes, NaN, magnitudes."""
-    keys = ("observations", "actions", "rewards", "masks", "terminals", "next_observations")
-    rows = len(data.get("observations", ()))
+def transitions(raw, what):
+    """Check and complete what a file holds: transitions, D4RL's names for them, or OGBench's rows,
+    of which an episode's last one has no successor and is dropped."""
+    check(raw, what, "terminals", "observations", "actions", *(RANKS.keys() & raw))
+    ends = raw["terminals"].astype(np.float32)
+    if "next_observations" in raw and "masks" not in raw:
+        raw = raw | dict(masks=1 - ends)
+        ends = np.append(np.maximum(ends, raw.get("timeouts", 0))[:-1], 1)
+    need(ends[-1], f"{what}: the last row does not end an episode, so it looks cut short")
+    need(not ends.all(), f"{what}: every row ends an episode")
+    if "next_observations" in raw:
+        return raw | dict(terminals=ends)
+    keep = np.flatnonzero(ends == 0)
+    data = {k: v[keep] for k, v in raw.items() if np.shape(v)[:1] == ends.shape}
+    return data | dict(terminals=ends[keep + 1], next_observations=raw["observations"][keep + 1])
+
+
+def check(data, what, *keys):
+    """Refuse what would train into nonsense: missing keys, wrong shapes, types, magnitudes."""
     for key in keys:
-        if key not in data or len(data[key]) != rows or rows < 2:
-            raise UserError(f"the data ({source}) hold no '{key}', or not one for each row")
-        if not (np.abs(data[key]) < 1e6).all():
-            raise UserError(f"the data ({source}): '{key}' holds NaN or numbers beyond a million")
-    if boxed and np.abs(data["actions"]).max() > 1 + 1e-5:
-        raise UserError(f"the data ({source}) hold actions outside [-1, 1]")
+        need(key in data, f"{what}: no '{key}' in it")
+        x, rank = np.asarray(data[key]), RANKS.get(key, 2)
+        right = x.ndim == rank and len(x) == len(data["terminals"]) > 1
+        need(right, f"{what}: '{key}' has shape {x.shape}")
+        right = x.dtype.kind in ("f" if rank == 2 else "fb") and np.isfinite(x).all()
+        need(right, f"{what}: '{key}' is not floating point, or holds NaN or infinity")
+        need(np.abs(x).max() < 1e6, f"{what}: '{key}' holds numbers beyond a million")
 
 
-def download(dataset, directory):
-    """Fetch an official dataset with OGBench's own downloader -> whether it worked."""
-    import ogbench
+def relabel(task, env, data, what):
+    """Add rewards and masks of the task, from the simulator's positions, as OGBench does."""
+    check(data, what, "qpos" if task.dataset else "rewards")
+    size = 2 if isinstance(env, PointMaze) else env.unwrapped.model.nq
+    need(data["qpos"].shape[1] == size, f"{what}: 'qpos' must have {size} numbers a row")
+    buttons = "button_states" in data or not task.base.startswith(("scene", "puzzle"))
+    need(buttons, f"{what}: no 'button_states' in it")
+    if isinstance(env, PointMaze):  # the same, without its simulator
+        distance = np.linalg.norm(data["qpos"] - env.goal_xy, axis=-1)
+        data["masks"] = (distance > env.goal_tol).astype(np.float32)
+        data["rewards"] = -data["masks"]
+    else:
+        from ogbench.relabel_utils import relabel_dataset
 
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)
+        ask(relabel_dataset, task.gym_id, env, data)
+
+
+def download(file):
+    """Fetch an official dataset -> whether it worked. The file appears when all of it is here."""
+    from ogbench.utils import DATASET_URL
+
+    part = file.with_suffix(".part")
     try:
-        ogbench.download_datasets([dataset], directory)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab") as out:
+            fcntl.flock(out, fcntl.LOCK_EX)  # another process may be at it: wait for it
+            if not file.exists():
+                out.truncate(0)
+                with urllib.request.urlopen(f"{DATASET_URL}/{file.name}", timeout=10) as answer:
+                    bar = tqdm.wrapattr(out, "write", total=answer.length, desc=file.name)
+                    with bar as watched:
+                        shutil.copyfileobj(answer, watched)
+                if answer.length:
+                    raise OSError("the connection was cut")
+                out.flush()
+                part.replace(file)
         return True
-    except OSError as e:  # urllib's errors are among them
-        print(f"download of {dataset} failed: {e}", flush=True)
+    except (OSError, http.client.HTTPException) as e:  # urllib's errors are among the first
+        print(f"download of {file.name} failed: {e}")
         return False
     finally:
-        socket.setdefaulttimeout(timeout)
+        part.unlink(missing_ok=True)
 
 
-def collect(dataset, directory):
-    """Collect a stand-in dataset with benchmark/collect.py, where the script has it beside it."""
-    tool = Path(__file__).resolve().parent.parent / "benchmark" / "collect.py"
-    if not tool.exists():
-        raise UserError(
-            f"no dataset {dataset} in {directory} and no download: put {dataset}.npz there, or "
-            f"make one with benchmark/collect.py of the CleanFlow repository"
-        )
+def collect(file):
+    """Collect a stand-in for an official dataset, where the script has benchmark/ beside it."""
+    where = f"no dataset {file.stem} in {file.parent} and no download"
+    tool = repository_file("collect.py", f"{where}: put {file.name} there, or make one with")
     print(
-        f"NOTICE: collecting {AUTO_COLLECT:,} transitions with {tool.name} instead (a small set, "
-        f"so that this run starts soon); results are labelled 'collected' and do not compare with "
-        f"published ones. For a full-size set: python {tool} {dataset}",
-        flush=True,
+        f"NOTICE: collecting {AUTO_COLLECT:,} transitions instead, a small set whose results are "
+        f"'collected' and no published ones. For the full size: python {tool} {file.stem}"
     )
-    command = [sys.executable, str(tool), dataset, "--num-transitions", str(AUTO_COLLECT)]
-    if subprocess.run([*command, "--dataset-dir", str(directory)]).returncode:
-        raise UserError(f"collecting {dataset} failed; see the message above")
+    command = [sys.executable, tool, file.stem, "--num-transitions", str(AUTO_COLLECT)]
+    failed = subprocess.run([*command, "--dataset-dir", file.parent]).returncode
+    need(not failed, f"collecting {file.stem} failed; see the message above")
+
+
+def device_rows(data):
+    """Put a dataset on the device, row by row."""
+    names = dict(obs="observations", next_obs="next_observations", actions="actions")
+    names |= {k: k for k in ("rewards", "masks", "terminals")}
+    rows = {k: jnp.asarray(data[name], jnp.float32) for k, name in names.items()}
+    return rows | dict(actions=jnp.clip(rows["actions"], -ACTION_LIMIT, ACTION_LIMIT))
 
 
 def observation_scale(data, args):
@@ -1452,33 +1402,25 @@ def n_step_targets(rows, index, newest, n, gamma, stride=1):
     `newest` row of a ring. `rows` holds rewards, masks, terminals (C,); consecutive rows of an
     episode lie `stride` apart. The target is R + discount * Q(next_obs[last]).
     """
-    size = rows["rewards"].shape[0]
-    ret, discount = jnp.zeros(index.shape), jnp.ones(index.shape)
-    alive, last = jnp.ones(index.shape, bool), index
+    returns, discounts = jnp.zeros(index.shape), jnp.ones(index.shape)
+    alive, last, size = jnp.ones(index.shape, bool), index, len(rows["rewards"])
     for k in range(n):
         row = (index + k * stride) % size
-        ret += jnp.where(alive, discount * rows["rewards"][row], 0.0)
-        discount = jnp.where(alive, discount * gamma * rows["masks"][row], discount)
+        returns += jnp.where(alive, discounts * rows["rewards"][row], 0.0)
+        discounts = jnp.where(alive, discounts * gamma * rows["masks"][row], discounts)
         last = jnp.where(alive, row, last)
         ends = (rows["masks"][row] == 0) | (rows["terminals"][row] > 0)
         alive &= ~ends & (row // stride != newest // stride)
-    return ret, discount, last
+    return returns, discounts, last
 
 
 def device_data(data, n, gamma):
     """Put a dataset on the device with its n-step targets worked out once."""
-    num_rows = len(data["rewards"])
-    rows = {k: jnp.asarray(data[k], jnp.float32) for k in ("rewards", "masks", "terminals")}
-    targets = jax.jit(lambda rows, i: n_step_targets(rows, i, num_rows - 1, n, gamma))
-    returns, discounts, last = targets(rows, jnp.arange(num_rows))
-    actions = np.clip(data["actions"], -ACTION_LIMIT, ACTION_LIMIT)
-    return dict(
-        obs=jnp.asarray(data["observations"], jnp.float32),
-        actions=jnp.asarray(actions, jnp.float32),
-        returns=returns,
-        discounts=discounts,
-        next_obs=jnp.asarray(data["next_observations"], jnp.float32)[last],
-    )
+    rows, size = device_rows(data), len(data["rewards"])
+    targets = jax.jit(lambda rows, i: n_step_targets(rows, i, size - 1, n, gamma))
+    returns, discounts, last = targets(rows, jnp.arange(size))
+    data = dict(obs=rows["obs"], actions=rows["actions"], next_obs=rows["next_obs"][last])
+    return data | dict(returns=returns, discounts=discounts)
 
 
 # ==== end shared: n-step targets ====
@@ -1491,61 +1433,48 @@ def sample(key, data, replay, batch_size, n, gamma, buffer_size, stride=1, balan
     first-out pool of `buffer_size` rows (dataset rows leave first, and it always holds the dataset
     and one row more), or half dataset and half online rows if `balanced`.
     """
-    num_data = data["returns"].shape[0]
+    num_data = len(data["returns"])
     if replay is None:
         index = jax.random.randint(key, (batch_size,), 0, num_data)
         return {k: v[index] for k, v in data.items()}
-    rows, added = replay["rows"], replay["added"]
-    capacity = rows["rewards"].shape[0]
+    rows, added, capacity = replay["rows"], replay["added"], len(replay["rows"]["rewards"])
     num_online = jnp.minimum(added, capacity)
     dropped = jnp.clip(num_data + added - max(buffer_size, num_data + 1), 0, num_data)
-    num_live = num_data - dropped
-    draw_key, part_key = jax.random.split(key)
+    old_key, new_key = jax.random.split(key)
     if balanced:
         online = (jnp.arange(batch_size) < batch_size // 2) & (added > 0)
-        offline_index = jax.random.randint(draw_key, (batch_size,), 0, num_data)
-        online_index = jax.random.randint(part_key, (batch_size,), 0, jnp.maximum(num_online, 1))
+        old = jax.random.randint(old_key, (batch_size,), 0, num_data)
+        new = jax.random.randint(new_key, (batch_size,), 0, jnp.maximum(num_online, 1))
     else:
-        draw = jax.random.randint(draw_key, (batch_size,), 0, num_live + num_online)
-        online = draw >= num_live
-        offline_index, online_index = dropped + draw, draw - num_live
-    offline_index = jnp.clip(offline_index, 0, num_data - 1)
-    online_index = jnp.clip(online_index, 0, capacity - 1)
+        num_live = num_data - dropped + num_online
+        old = dropped + jax.random.randint(old_key, (batch_size,), 0, num_live)
+        new, online = old - num_data, old >= num_data
     newest = (added - 1) % capacity
-    returns, discounts, last = n_step_targets(rows, online_index, newest, n, gamma, stride)
-    new = dict(
-        obs=rows["obs"][online_index],
-        actions=rows["actions"][online_index],
-        returns=returns,
-        discounts=discounts,
-        next_obs=rows["next_obs"][last],
-    )
-
-    def pick(new, old):
-        return jnp.where(online.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    return {k: pick(new[k], data[k][offline_index]) for k in new}
+    returns, discounts, last = n_step_targets(rows, new, newest, n, gamma, stride)
+    batch = dict(returns=returns, discounts=discounts, next_obs=rows["next_obs"][last])
+    batch |= {k: rows[k][new] for k in ("obs", "actions")}
+    pick = lambda new, old: jnp.where(online.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+    return {k: pick(batch[k], data[k][old]) for k in batch}
 
 
 # ==== shared: replay ====
 def make_replay(capacity, obs_dim, act_dim):
     """Empty ring of online rows; `added` counts all rows ever written."""
-    shapes = dict(obs=(obs_dim,), next_obs=(obs_dim,), actions=(act_dim,))
-    shapes |= dict(rewards=(), masks=(), terminals=())
-    rows = {k: jnp.zeros((capacity, *shape)) for k, shape in shapes.items()}
+    sizes = dict(obs=obs_dim, next_obs=obs_dim, actions=act_dim)
+    rows = {k: jnp.zeros((capacity, size)) for k, size in sizes.items()}
+    rows |= {k: jnp.zeros(capacity) for k in ("rewards", "masks", "terminals")}
     return dict(rows=rows, added=jnp.zeros((), jnp.int32))
 
 
 def insert(replay, new_rows):
     """Write E rows (dict of (E, ...)) at the ring's pointer; the capacity is a multiple of E."""
-    num_rows = new_rows["rewards"].shape[0]
-    start = replay["added"] % replay["rows"]["rewards"].shape[0]
+    start = replay["added"] % len(replay["rows"]["rewards"])
 
     def write(ring, new):
         return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), start, axis=0)
 
     rows = jax.tree.map(write, replay["rows"], new_rows)
-    return dict(rows=rows, added=replay["added"] + num_rows)
+    return dict(rows=rows, added=replay["added"] + len(new_rows["rewards"]))
 
 
 # ==== end shared: replay ====
@@ -1565,16 +1494,14 @@ class Play(NamedTuple):
 
 
 def repeat(learn, n):
-    """n updates, one after another, as one function."""
+    """n updates as one function; the replay, which they only read, stays outside of the loop."""
 
-    def learn_block(carry, *inputs):
-        def body(_, part):  # without the replay, which they only read
-            after = learn(carry | part, *inputs)
-            return {k: after[k] for k in part}
+    def block(carry, *inputs):
+        pick = lambda carry: {k: carry[k] for k in ("state", "sums")}
+        body = lambda _, part: pick(learn(carry | part, *inputs))
+        return carry | jax.lax.fori_loop(0, n, body, pick(carry))
 
-        return carry | jax.lax.fori_loop(0, n, body, {k: carry[k] for k in ("state", "sums")})
-
-    return learn_block
+    return block
 
 
 def remember(carry, obs, actions, out, play):
@@ -1585,8 +1512,8 @@ def remember(carry, obs, actions, out, play):
     rows |= dict(masks=1.0 - out["terminated"], terminals=done)
     returns, sums, recent = carry["returns"] + out["reward"], carry["sums"], carry["recent"]
     if play.count:
-        ended = {"episodes": done, "success": done * out["success"], "return": done * returns}
-        sums = sums | {k: sums[k] + v.astype(jnp.float32).sum() for k, v in ended.items()}
+        ended = {"return": returns, "success": out["success"]}
+        sums = add_sums(sums, ended, done, "online")
         recent = jnp.concatenate([jnp.where(done, returns, jnp.nan), recent])
         recent = recent[jnp.argsort(jnp.isnan(recent))][: carry["recent"].size]  # newest first
     replay, returns = insert(carry["replay"], rows), jnp.where(done, 0.0, returns)
@@ -1597,21 +1524,17 @@ def interact(env, play):
     """(carry, *inputs) -> carry: one block on a JAX environment."""
 
     def env_step(_, carry):
-        state, envs, time = carry["state"], carry["envs"], carry["replay"]["added"]
-        obs, taken = observe(env, envs["state"]), envs["taken"]
-        chunks = envs["chunks"]
-        if play.horizon == 1:
-            chunks = play.act(state, obs, time)
-        else:  # open loop: a new chunk where the last one is used up
-            new = lambda: play.act(state, obs, time)
+        state, time, envs = carry["state"], carry["replay"]["added"], carry["envs"]
+        obs, chunks, taken = observe(env, envs["state"]), envs["chunks"], envs["taken"]
+        new = lambda: play.act(state, obs, time)
+        if play.horizon > 1:  # open loop: a new chunk where the last one is used up
             new = jax.lax.cond((taken == 0).any(), new, lambda: chunks)
-            chunks = jnp.where((taken == 0)[:, None, None], new, chunks)
-        actions = chunks[jnp.arange(len(taken)), taken]
-        key = purpose_key(state.seed, "env", time)
+        chunks = new() if play.horizon == 1 else jnp.where((taken == 0)[:, None, None], new, chunks)
+        actions, key = chunks[jnp.arange(len(taken)), taken], purpose_key(state.seed, "env", time)
         env_state, out = step_envs(env, envs["state"], actions, key)
         taken = (taken + 1) % play.horizon * ~(out["terminated"] | out["truncated"])
-        carry = remember(carry, obs, actions, out, play)
-        return carry | {"envs": dict(state=env_state, chunks=chunks, taken=taken)}
+        envs = dict(state=env_state, chunks=chunks, taken=taken)
+        return remember(carry, obs, actions, out, play) | {"envs": envs}
 
     def block(carry, *inputs):
         carry = jax.lax.fori_loop(0, play.steps, env_step, carry)
@@ -1627,75 +1550,73 @@ class HostLoop:
     before that step (`learn_first`); else the updates come after the block's last step.
     """
 
+    seconds = property(lambda self: self.learn.seconds)  # that compiling took
+
     def __init__(self, make_envs, play, args, inputs):
         self.make_envs, self.play, self.args = make_envs, play, args
-        self.act = jax.jit(jax.vmap(play.act))
-        self.learn = Program(play.learn or (lambda carry, *_: carry), *inputs)
-        keep = functools.partial(remember, play=play)
-        self.remember = jax.jit(jax.vmap(keep), donate_argnums=0)
+        self.learn = Program(play.learn, *inputs)
+        split = lambda x: x.reshape(args.num_seeds, args.num_envs, *x.shape[1:])
 
-    @property
-    def seconds(self):
-        return self.learn.seconds
+        def act(state, obs, added, i):  # at the i-th step of a block
+            chunks = jax.vmap(play.act)(state, split(obs), added + i * args.num_envs)
+            return jax.lax.collapse(chunks, 0, 2)
+
+        def keep(carry, step):
+            put = jax.vmap(functools.partial(remember, play=play))
+            return put(carry, *jax.tree.map(split, step)), None
+
+        self.act, keep_all = jax.jit(act), lambda carry, steps: jax.lax.scan(keep, carry, steps)[0]
+        self.keep = jax.jit(keep_all, donate_argnums=0)
 
     def restart(self, carry):
         """Begin new episodes whose seeds depend on the step alone, so that a run that goes on from
         a checkpoint equals one that was never interrupted."""
-        args, time = self.args, int(carry["replay"]["added"][0])
-        shape = (args.num_seeds, args.num_envs)
-        ids = [(args.seed + s, time, e) for s, e in np.ndindex(shape)]
+        args, replay, time = self.args, carry["replay"], int(carry["replay"]["added"][0])
+        ids = [(args.seed + s, time, e) for s, e in np.ndindex(args.num_seeds, args.num_envs)]
         seeds = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
-        self.envs = self.make_envs()
-        self.obs = self.envs.reset(seed=seeds)[0].astype(np.float32).reshape(*shape, -1)
-        self.taken, self.chunks = np.zeros(shape, int), 0.0
+        self.envs, self.chunks, self.taken = self.make_envs(), 0.0, np.zeros(len(ids), int)
+        self.obs, _ = self.envs.reset(seed=seeds)
         # what was under way ends here: no window may join it with what comes
-        rows, size = carry["replay"]["rows"], carry["replay"]["rows"]["terminals"].shape[1]
-        newest = (time - 1 - np.arange(args.num_envs)) % size
-        terminals = rows["terminals"].at[:, newest].set(1.0)  # before the first row: never read
-        replay = carry["replay"] | {"rows": rows | {"terminals": terminals}}
+        terminals = replay["rows"]["terminals"]
+        newest = (time - 1 - np.arange(args.num_envs)) % terminals.shape[1]
+        terminals = terminals.at[:, newest].set(1.0)  # before the first row: never read
+        replay = replay | {"rows": replay["rows"] | {"terminals": terminals}}
         return carry | {"replay": replay, "returns": jnp.zeros_like(carry["returns"])}
 
     def __call__(self, carry, n):
         play = self.play
-        for i in range(n * play.steps):
-            if (due := self.taken == 0).any():
-                new = self.act(carry["state"], self.obs, carry["replay"]["added"])
-                self.chunks = np.where(due[..., None, None], np.asarray(new), self.chunks)
-            taken = self.taken[..., None, None]
-            actions = np.take_along_axis(self.chunks, taken, axis=2)[:, :, 0]
-            self.envs.step_async(actions.reshape(self.envs.num_envs, -1))
-            if play.learn and play.learn_first and i % play.steps == 0:
-                carry = self.learn(carry, 1)  # returns before it is done
-            obs, out = self.obs, self.outcome()
+        for _ in range(n):
+            steps = []
+            for i in range(play.steps):
+                if (due := self.taken == 0).any():
+                    new = self.act(carry["state"], self.obs, carry["replay"]["added"], i)
+                    self.chunks = np.where(due[:, None, None], new, self.chunks)
+                actions = self.chunks[np.arange(len(due)), self.taken]
+                self.envs.step_async(actions)
+                if play.learn and play.learn_first and i == 0:
+                    carry = self.learn(carry, 1)  # returns before it is done
+                obs = self.obs
+                self.obs, reward, terminated, truncated, info = self.envs.step_wait()
+                ended, next_obs = terminated | truncated, self.obs.copy()
+                for e in np.flatnonzero(ended):  # there, self.obs already starts an episode
+                    next_obs[e] = info["final_obs"][e]
+                success = np.where(ended, info.get("final_info", {}).get("success", 0.0), 0.0)
+                self.taken = np.where(ended, 0, (self.taken + 1) % play.horizon)
+                out = dict(reward=reward, success=success.astype(float), next_obs=next_obs)
+                out |= dict(terminated=terminated, truncated=truncated)
+                steps.append((obs, actions, out))
             part = {k: carry[k] for k in ("replay", "returns", "sums", "recent")}
-            carry = carry | self.remember(part, obs, actions, out)
-            ended = out["terminated"] | out["truncated"]
-            self.taken = np.where(ended, 0, (self.taken + 1) % play.horizon)
-            if play.learn and not play.learn_first and (i + 1) % play.steps == 0:
+            carry = carry | self.keep(part, jax.tree.map(lambda *x: np.stack(x), *steps))
+            if play.learn and not play.learn_first:
                 carry = self.learn(carry, 1)
         return carry
-
-    def outcome(self):
-        """Wait for the simulators; what `step_envs` returns of a step, each (S, E, ...)."""
-        obs, reward, terminated, truncated, info = self.envs.step_wait()
-        obs = obs.astype(np.float32)
-        next_obs, success = obs.copy(), np.zeros(len(reward), np.float32)
-        for i in np.flatnonzero(terminated | truncated):  # there, obs already starts an episode
-            next_obs[i] = info["final_obs"][i]
-            if "success" in info["final_info"]:
-                success[i] = info["final_info"]["success"][i]
-        shape, self.obs = self.obs.shape, obs.reshape(self.obs.shape)
-        out = dict(reward=reward.astype(np.float32), success=success, next_obs=next_obs)
-        out |= dict(terminated=terminated, truncated=truncated & ~terminated)
-        return {k: v.reshape(*shape[:2], *v.shape[1:]) for k, v in out.items()}
 
 
 def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm_up_steps=0):
     """The online phase on JAX environments (`env`) or official ones (None); before it, if asked
     for, one without updates. `rows`: the replay's; `sizes`: of observation and action."""
-    num_envs, start = args.num_envs, args.offline_steps
+    num_envs, count, start = args.num_envs, args.num_seeds * args.num_envs, args.offline_steps
     same_step = gymnasium.vector.AutoresetMode.SAME_STEP
-    count = args.num_seeds * num_envs
     make_envs = functools.cache(lambda: make_host_envs(task, args, count, same_step))
 
     def begin(seed):
@@ -1709,151 +1630,41 @@ def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm
 
     def phase(name, start, end, play):
         host = HostLoop(make_envs, play, args, inputs) if env is None else None
+        loop, restart = host or Program(interact(env, play), *inputs), host and host.restart
 
         def enter(carry):
             if "replay" not in carry:
                 new = jax.jit(jax.vmap(begin))(carry["state"].seed)
                 carry = carry | place(new, args.num_seeds)
-            return host.restart(carry) if host else carry
+            return restart(carry) if restart else carry
 
-        advance = host or Program(interact(env, play), *inputs)
-        stride, restart = num_envs * play.steps, host.restart if host else None
-        return Phase(name, start, end, advance, enter, stride, restart)
+        return Phase(name, start, end, loop, enter, num_envs * play.steps, restart)
 
     middle, end = start + min(warm_up_steps, args.online_steps), start + args.online_steps
-    phases = [phase("warm-up", start, middle, warm_up)] if middle > start else []
-    return [*phases, *([phase("online", middle, end, play)] if end > middle else [])]
+    phases = [("warm-up", start, middle, warm_up), ("online", middle, end, play)]
+    return [phase(*parts) for parts in phases if parts[1] < parts[2]]
 
 
 # ==== end shared: online ====
-
-
-# ==== shared: evaluation ====
-def metric_names(task, policies):
-    """What one evaluation measures, by mode of acting: score and success where the task has them,
-    return, length."""
-    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
-    return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
-
-
-def summary(results):
-    """Mean over seeds and episodes, with the deviation over seeds where there are several."""
-    parts = []
-    for name, values in results.items():
-        per_seed = values.mean(axis=1)
-        spread = f" ± {per_seed.std():.2f}" if len(per_seed) > 1 else ""
-        parts.append(f"{name} {per_seed.mean():.2f}{spread}")
-    return "  ".join(parts)
-
-
-def make_evaluate(task, env, policies, args):
-    """Function (state of all seeds, step) -> {metric: (num_seeds, episodes)} of one evaluation.
-
-    `policies` maps each mode to `policy(state, obs (D,), key) -> (H * A,)`, the actions of the next
-    H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
-    """
-    seeds = [args.seed + i for i in range(args.num_seeds)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    slots = max(1, min(args.eval_episodes, (cores or 1) // args.num_seeds))
-    env = None if args.env_backend == "mjx" else env  # reported numbers are the official engine's
-
-    @functools.cache  # made at the first evaluation and kept
-    def host_envs():
-        disabled = gymnasium.vector.AutoresetMode.DISABLED
-        return make_host_envs(task, args, slots * args.num_seeds, disabled)
-
-    def run_jax(policy, state, step):
-        key = purpose_key(state.seed, "eval", step)
-        return evaluate_jax(env, functools.partial(policy, state), key, args.eval_episodes)
-
-    def decide(policy, state, obs, episode, t, step):  # one seed: obs (slots, D), episode (slots,)
-        def one(obs, episode, t):
-            return policy(state, obs, purpose_key(state.seed, "eval", step, episode, t))
-
-        return jax.vmap(one)(obs, episode, t)
-
-    def on_host(program, state, step):
-        envs, chunks = host_envs(), None
-
-        def act(obs, episode, t):  # open loop within a chunk; the slots' episodes are out of phase
-            nonlocal chunks
-            due = np.ones(t.shape, bool) if chunks is None else t % chunks.shape[2] == 0
-            if due.any():
-                new = np.asarray(program(state, obs.astype(np.float32), episode, t, step))
-                new = new.reshape(*t.shape, -1, *envs.single_action_space.shape)
-                chunks = np.where(due[..., None, None], new, new if chunks is None else chunks)
-            return np.take_along_axis(chunks, (t % chunks.shape[2])[..., None, None], axis=2)
-
-        return evaluate_host(envs, act, seeds, step, args.eval_episodes)
-
-    def one_mode(policy):
-        if env is not None:
-            return jax.jit(jax.vmap(functools.partial(run_jax, policy), in_axes=(0, None)))
-        axes = (0, 0, 0, 0, None)
-        program = jax.jit(jax.vmap(functools.partial(decide, policy), in_axes=axes))
-        return functools.partial(on_host, program)
-
-    modes = {mode: one_mode(policy) for mode, policy in policies.items()}
-
-    def evaluate(state, step):
-        measured = {}
-        for mode, run_episodes in modes.items():
-            result = jax.device_get(run_episodes(state, step))
-            if score := task.parts.get("score"):
-                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
-            measured |= {f"{k}_{mode}".rstrip("_"): v for k, v in result.items()}
-        return {name: measured[name] for name in metric_names(task, policies)}
-
-    return evaluate
-
-
-def print_evaluation(task, args, policies, step, results):
-    """The table of --evaluate: one line per seed and mode."""
-    print(f"{task.name}, step {step:,}, {args.eval_episodes} episodes per seed")
-    names = metric_names(task, policies)
-    for mode in policies:
-        columns = [n for n in names if n.partition("_")[2] == mode]
-        width = max(10, *(len(n) + 2 for n in columns))
-        print(f"{'seed':>6}" + "".join(f"{name:>{width}}" for name in columns))
-        for i in range(args.num_seeds):
-            row = "".join(f"{results[name][i].mean():>{width}.2f}" for name in columns)
-            print(f"{args.seed + i:>6}{row}")
-    print(f"   all  {summary(results)}")
-
-
-def evaluate_only(args, task):
-    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
-    tree, facts = load_checkpoint(args.evaluate)
-    env = make_jax_env(task, args)
-    spaces = env or make_host_env(task, args.success_timing)
-    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
-    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    state = restore(state, tree["state"], args.evaluate)
-    policies = evaluation_policies(make_networks(args, act_dim), args)
-    results = make_evaluate(task, env, policies, args)(state, facts["step"])
-    print_evaluation(task, args, policies, facts["step"], results)
-    return results
-
-
-# ==== end shared: evaluation ====
 
 
 # ==== shared: runs ====
 PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
 REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}
-FREE_ON_RESUME = ("offline_steps", "online_steps", "eval_interval", "eval_episodes")
-FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate")
-# FREE_ALSO, a script's own, are free until its online phase has begun; with --evaluate env_backend
-# and EVALUATION_FLAGS, also its own, are
+REMEDY[errno.EAGAIN] = "it is in use by another process: wait for it to end"  # its lock
+# Free on --resume. FREE_ALSO, a script's own, and offline_steps are, until its online phase has
+# begun; env_backend and EVALUATION_FLAGS, also its own, are with --evaluate.
+FREE = ("online_steps", "eval_interval", "eval_episodes", "eval_all_modes", "checkpoint_interval")
+# What a checkpoint knows of its run, as it is at the start
+PROGRESS = dict(step=0, train_seconds=0, log_seconds=0, updates_per_s=0, csv_bytes=0, evals=())
+PROGRESS["diverged"] = {}  # seed (a string): before which step
 
 
 def purpose_key(seed, purpose, *numbers):
     """Random key of one purpose: a function of the seed and, say, the step, so none is stored."""
-    key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
-    for number in numbers:
-        key = jax.random.fold_in(key, number)
-    return key
+    numbers = (PURPOSES.index(purpose), *numbers)
+    return functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
 
 
 def place(tree, num_seeds, copy=False):
@@ -1867,434 +1678,319 @@ def place(tree, num_seeds, copy=False):
 
 
 class Program:
-    """`step(carry, *inputs)` n times for all seeds in one dispatch: program(carry, n) -> carry.
-
-    The inputs (dataset, settings) are arguments of the compiled code, shared by the seeds; the
-    carry is overwritten. Compiles at the first call and keeps the seconds that took.
-    """
+    """`step(carry, *inputs)` n times for all seeds in one dispatch: program(carry, n) -> carry,
+    whose memory is reused. Seeds share the inputs (dataset, settings). `seconds`: of compiling."""
 
     def __init__(self, step, *inputs):
         self.step, self.inputs, self.executable, self.seconds = step, inputs, None, 0.0
 
-    def compile(self, carry, n):
-        def repeat(carry, n, *inputs):
-            return jax.lax.fori_loop(0, n, lambda i, c: self.step(c, *inputs), carry)
-
-        def one_seed(carry, *inputs):  # an axis of one can cost XLA's CPU code twice the time
-            carry = repeat(jax.tree.map(lambda x: x[0], carry), *inputs)
-            return jax.tree.map(lambda x: x[None], carry)
-
-        start = time.perf_counter()
-        over_seeds = jax.vmap(repeat, in_axes=(0, *[None] * (len(self.inputs) + 1)))
-        over_seeds = one_seed if len(jax.tree.leaves(carry)[0]) == 1 else over_seeds
-        layout = jax.tree.map(lambda x: x.sharding, carry)  # stays as it is
-        program = jax.jit(over_seeds, donate_argnums=0, out_shardings=layout)
-        self.executable = program.lower(carry, n, *self.inputs).compile()
-        self.seconds = time.perf_counter() - start
-
     def __call__(self, carry, n):
         n = jnp.int32(n)
         if self.executable is None:
-            self.compile(carry, n)
+            start, layout = time.perf_counter(), jax.tree.map(lambda x: x.sharding, carry)
+            program = jax.jit(self.repeat, donate_argnums=0, out_shardings=layout)
+            self.executable = program.lower(carry, n, *self.inputs).compile()
+            self.seconds = time.perf_counter() - start
         return self.executable(carry, n, *self.inputs)
+
+    def repeat(self, carry, n, *inputs):
+        one_seed = lambda c: jax.lax.fori_loop(0, n, lambda _, c: self.step(c, *inputs), c)
+        if len(jax.tree.leaves(carry)[0]) > 1:
+            return jax.vmap(one_seed)(carry)
+        carry = one_seed(jax.tree.map(lambda x: x[0], carry))  # an axis of one can cost XLA's CPU
+        return jax.tree.map(lambda x: x[None], carry)  # code twice the time
+
+
+def add_sums(sums, metrics, weight=1, kind="train"):
+    """Add metrics to the sums since the last log, {kind/name: (of weight * metric, of weight)}."""
+    pair = lambda v: jnp.stack([jnp.sum(weight * v), jnp.sum(weight)])
+    new = {f"{kind}/{name}": pair(value) for name, value in metrics.items()}
+    return sums | {name: sums.get(name, 0.0) + value for name, value in new.items()}
 
 
 def zero_sums(learn, carry, *inputs):
     """Sums of metrics before the first update, for all seeds; `carry` is what `learn` needs."""
-    one = jax.tree.map(lambda x: x[0], carry)
-    seeds = len(carry["state"].seed)
-    shapes = jax.eval_shape(learn, one, *inputs)["sums"]
-    return place(jax.tree.map(lambda s: jnp.zeros((seeds, *s.shape), s.dtype), shapes), seeds)
+    one, seeds = jax.tree.map(lambda x: x[0], carry), len(carry["state"].seed)
+    names = jax.eval_shape(learn, one | {"sums": {}}, *inputs)["sums"]
+    names = [*names, "online/return", "online/success"]
+    return place({name: jnp.zeros((seeds, 2)) for name in names}, seeds)
 
 
-def add_sums(sums, metrics, updates=1):
-    """Add one update's metrics (None: start with them); fetched once per dispatch."""
-    if sums is None:
-        sums = {k: jnp.zeros(()) for k in ("count", "episodes", "return", "success")}
-        sums["train"] = {k: jnp.zeros(()) for k in metrics}
-    train = {k: v + updates * metrics.get(k, 0.0) for k, v in sums["train"].items()}
-    return sums | {"train": train, "count": sums["count"] + updates}
-
-
-def write_file(path, content, keep_previous=False):
-    """Write bytes so that a crash at any moment leaves the old file or the new one."""
+def write_file(path, content):
+    """Write bytes, or facts as JSON, so that a crash at any moment leaves the old file or the new
+    one; beside a checkpoint stays the one before."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            is_json = isinstance(content, dict)
+            file.write((json.dumps(content, indent=2) + "\n").encode() if is_json else content)
             file.flush()
             os.fsync(file.fileno())
-        if keep_previous and path.exists():
+        if not is_json and path.exists():
             os.replace(path, path.with_suffix(".previous"))
         os.replace(temporary, path)
-    except OSError as e:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
-            f"--resume {shlex.quote(str(path.parent))}"
-        ) from e
 
 
-def save_checkpoint(run_dir, carry, facts):
-    """Everything that training changes, with a checksum; the one before stays beside it."""
+def save_checkpoint(run_dir, carry, facts, name="checkpoint"):
+    """Everything that training changes, and facts of the run, with a checksum."""
     tree = flax.serialization.to_state_dict(jax.device_get(carry))
     body = flax.serialization.msgpack_serialize({"facts": json.dumps(facts), "carry": tree})
-    content = MAGIC + hashlib.sha256(body).digest() + body
-    write_file(run_dir / "checkpoint.msgpack", content, keep_previous=True)
+    write_file(run_dir / f"{name}.msgpack", MAGIC + hashlib.sha256(body).digest() + body)
 
 
-def load_checkpoint(run_dir):
+def load_checkpoint(run_dir, name="checkpoint"):
     """Newest intact checkpoint of a run -> (nested dict of arrays, facts)."""
-    newest = Path(run_dir) / "checkpoint.msgpack"
-    for path in (newest, newest.with_suffix(".previous")):
-        if not path.is_file():
-            continue
+    newest = Path(run_dir) / f"{name}.msgpack"
+    for path in filter(Path.is_file, (newest, newest.with_suffix(".previous"))):
         content = path.read_bytes()
         digest, body = content[len(MAGIC) :][:32], content[len(MAGIC) + 32 :]
         if content.startswith(MAGIC) and hashlib.sha256(body).digest() == digest:
             stored = flax.serialization.msgpack_restore(body)
             return stored["carry"], json.loads(stored["facts"])
         print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
-    raise UserError(
-        f"no intact checkpoint in {run_dir}; if it is a run stopped before its first, start anew"
-    )
+    raise UserError(f"no intact {newest.name} in {run_dir}; it got not so far, so start a new run")
 
 
 def restore(template, tree, run_dir):
-    """Put a loaded checkpoint into the structure, shapes and device layout of `template`.
+    """Put a loaded checkpoint into the structure and device layout of `template`. A replay's ring
+    may have become longer, for more online steps (it then has not wrapped yet), and stays as long
+    as it was for fewer."""
 
-    A replay's ring may have become longer, for more online steps (it then has not wrapped yet), and
-    it stays as long as it was for fewer.
-    """
+    def put(path, new, old):
+        if "['replay']['rows']" in (name := jax.tree_util.keystr(path)):
+            old = np.pad(old, {1: (0, max(0, new.shape[1] - old.shape[1]))})
+        elif (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise ValueError(f"{name} is {old.dtype} {old.shape}, not {new.dtype} {new.shape}")
+        return jax.device_put(old, new.sharding)
 
-    def lengthen(ring, longer):
-        missing = max(0, longer.shape[1] - ring.shape[1])
-        return np.pad(ring, [(0, 0), (0, missing), *[(0, 0)] * (ring.ndim - 2)])
-
-    layout = jax.tree.map(lambda x: x.sharding, template)
     try:
-        if "replay" in tree and "replay" in template:
-            rows = jax.tree.map(lengthen, tree["replay"]["rows"], template["replay"]["rows"])
-            tree["replay"]["rows"] = rows
-            template = template | {"replay": template["replay"] | {"rows": rows}}
-        loaded = flax.serialization.from_state_dict(template, tree)
-        fits = jax.tree.map(
-            lambda a, b: a.shape == b.shape and a.dtype == b.dtype, template, loaded
-        )
-        if not all(jax.tree.leaves(fits)):
-            raise ValueError("shapes differ")
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-        raise UserError(f"the checkpoint in {run_dir} does not fit its args.json: {e}") from e
-    return jax.tree.map(jax.device_put, loaded, layout)
+        target = flax.serialization.to_state_dict(template)
+        tree = jax.tree_util.tree_map_with_path(put, target, tree)
+    except (ValueError, AttributeError) as e:
+        why = str(e).splitlines()[0][:200]
+        raise UserError(f"the checkpoint in {run_dir} does not fit the arguments: {why}") from e
+    return flax.serialization.from_state_dict(template, tree)
 
 
 def start_states(args, obs_dim, act_dim, mean, std):
     """Fresh states of all seeds on the device(s)."""
     seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
-    init = jax.vmap(lambda s, m, d: init_state(args, obs_dim, act_dim, m, d, s), (0, None, None))
-    return place(jax.jit(init)(seeds, mean, std), args.num_seeds)
+    init = jax.vmap(functools.partial(init_state, args, obs_dim, act_dim), (None, None, 0))
+    return place(jax.jit(init)(mean, std, seeds), args.num_seeds)
 
 
 def resume(carry, phases, args):
-    """--resume: (the carry of the run's last checkpoint, its step); else the one given and 0."""
-    if not args.resume:
-        return carry, 0
-    tree, facts = load_checkpoint(args.resume)
+    """--resume, --start-from: (the carry of that run's last checkpoint, or of the one at the end of
+    its offline phase, the checkpoint's facts); else the carry given, none."""
+    run_dir, name = (args.resume, "checkpoint") if args.resume else (args.start_from, "offline")
+    if not run_dir:
+        return carry, {}
+    tree, facts = load_checkpoint(run_dir, name)
     step, end = facts["step"], phases[-1].end
-    if step > end or (step == end and (Path(args.resume) / "result.json").exists()):
-        raise UserError(
-            f"{args.resume} is complete at step {step:,}: give more steps or --evaluate"
-        )
+    over = not args.resume or (Path(run_dir) / "result.json").exists()
+    if step > end or (step == end and over):
+        raise UserError(f"{run_dir} is complete at step {step:,}: add steps or use --evaluate")
     phase = next(p for p in phases if step <= p.end)  # in which the checkpoint was made
-    carry = restore(phase.enter(carry), tree, args.resume)
-    return (phase.restart(carry) if phase.restart else carry), step
+    carry = restore(phase.enter(carry), tree, run_dir)
+    return (phase.restart(carry) if phase.restart else carry), facts
 
 
 def read_args(run_dir, argv, default):
     """Arguments of an earlier run, plus the flags given now; refuses what may not change."""
     path = Path(run_dir) / "args.json"
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run directory: it has no args.json")
+    if not run_dir or not path.is_file():
+        raise UserError(f"'{run_dir}' is not a run directory: it has no args.json")
     try:
         stored = json.loads(path.read_text())
-        known = {f.name: stored["args"][f.name] for f in dataclasses.fields(default)}
-        algo = stored["algo"]
+        algo, known = stored["algo"], {name: stored["args"][name] for name in vars(default)}
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged or of another version ({e}); start a new run") from e
     if algo != ALGO:
         raise UserError(f"{run_dir} is a run of {algo}.py; use that script")
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-    before = dataclasses.replace(default, **known)
-    args = tyro.cli(type(default), args=argv, default=before)
-    for name, new in vars(args).items():
-        old = getattr(before, name)
-        free = name in FREE_ON_RESUME and not (name == "offline_steps" and before.online_steps)
-        free = free or (name in FREE_ALSO and not before.online_steps)
-        free = free or (args.evaluate and name in ("env_backend", *EVALUATION_FLAGS))
-        if old != new and not free:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} was {old} in {run_dir} and cannot change; start a new run")
+    known |= dict(resume=None, evaluate=None)
+    args = tyro.cli(type(default), args=argv, default=type(default)(**known))
+    free = {"resume", "evaluate", *FREE}
+    free |= set() if known.get("online_steps") else {"offline_steps", *FREE_ALSO}
+    free |= {"env_backend", "video", *EVALUATION_FLAGS} if args.evaluate else set()
+    if args.start_from and not (args.resume or args.evaluate):  # networks' sizes: see `restore`
+        free = known.keys() - {"offline_steps", "seed", "num_seeds"}
+    for name, old in known.items():
+        if getattr(args, name) != old and name not in free:
+            name = f"--{name.replace('_', '-')}"
+            raise UserError(f"{name} was {old!r} in {run_dir} and cannot change; start a new run")
     return args
 
 
 class Run:
-    """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json; and
-    what the training loop asks between dispatches."""
+    """A run directory (args.json, metrics.csv, TensorBoard events, checkpoint, result.json), and
+    what the training loop does between dispatches."""
 
-    def __init__(self, args, task, source, data, policies, step=0):
-        self.args, self.task, self.step, self.saved = args, task, step, step
+    dir = None  # of the run that this process works on; `command_line` names it
+
+    def __init__(self, args, task, source, data, policies, progress):
+        vars(self).update(PROGRESS | progress)
+        self.args, self.task, self.saved, self.signal = args, task, self.step, None
         self.seeds = [args.seed + i for i in range(args.num_seeds)]
-        self.evals, self.csv, self.columns, self.wandb = [], None, None, None
+        self.left = [i for i, s in enumerate(self.seeds) if str(s) not in self.diverged]
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
-        self.train_seconds, self.updates_per_s, self.stop = 0.0, 0.0, StopSignal()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.stop)
         packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "ogbench", "mujoco")
-        commit, git = "", ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        if shutil.which("git"):
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        git = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
         checksum = None  # of data from a file, which may be another one when the run is resumed
         if data is not None and "in this script" not in source:
-            names = ("observations", "actions", "rewards")
-            checksum = functools.reduce(
-                lambda crc, k: zlib.crc32(np.ascontiguousarray(data[k]), crc), names, 0
-            )
+            for name in ("observations", "actions", "rewards"):
+                checksum = zlib.crc32(np.ascontiguousarray(data[name]), checksum or 0)
         self.facts = dict(
             algo=ALGO, task=task.name, dataset_source=source, dataset_crc32=checksum,
-            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}", commit=commit or None,
-            versions={p: importlib.metadata.version(p) for p in packages},
-            args=dataclasses.asdict(args),
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            commit=(git or "").strip() or None,
+            versions={p: importlib.metadata.version(p) for p in packages}, args=vars(args),
         )  # fmt: skip
-        self.resume() if args.resume else self.create()
-        self.write_json("args.json", self.facts)
-        self.header(data)
-
-    def create(self):
-        args, stamp = self.args, time.strftime("%Y%m%d-%H%M%S")
-        name = self.task.name.removesuffix("-v0").replace("/", "-")
-        self.dir = Path(args.out_dir) / f"{name}__{ALGO}__{args.seed}__{stamp}"
-        try:
-            while self.dir.exists():
-                self.dir = self.dir.with_name(self.dir.name + "x")
-            self.dir.mkdir(parents=True)
-        except (OSError, ValueError) as e:
-            reason = getattr(e, "strerror", None) or e
-            raise UserError(f"cannot create {self.dir}: {reason}; choose --out-dir") from e
-        self.lock()
-
-    def resume(self):
-        """Keep what args.json says of the start; drop the metrics after the checkpoint."""
-        self.dir = Path(self.args.resume)
-        self.lock()
-        before = json.loads((self.dir / "args.json").read_text())
-        if before.get("dataset_crc32") != self.facts["dataset_crc32"]:
-            raise UserError(
-                f"{self.dir} was started on other data ({before.get('dataset_source')}): put that "
-                f"file back, or start a new run"
-            )
-        now = {k: self.facts[k] for k in ("commit", "device", "versions")} | {"step": self.step}
-        resumes = [*before.get("resumes", []), now]
-        self.facts = before | {"args": self.facts["args"], "resumes": resumes}
-        self.cut_metrics()
-
-    def lock(self):
-        """Two processes must not write one run."""
-        self.lock_file = open(self.dir / ".lock", "w")
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise UserError(f"{self.dir} is in use by another process; wait for it to end") from e
-
-    def write_json(self, name, content):
-        write_file(self.dir / name, (json.dumps(content, indent=2) + "\n").encode())
-
-    def cut_metrics(self):
-        """On resume, drop the rows after the checkpoint: they will be written again."""
-        path = self.dir / "metrics.csv"
-        if not path.is_file() or not path.stat().st_size:
-            return
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [r for r in reader if None not in r.values() and int(r["step"]) <= self.step]
-            self.columns = reader.fieldnames
-        lines = [self.columns, *[r.values() for r in rows]]
-        write_file(path, "".join(",".join(line) + "\n" for line in lines).encode())
-        headline = f"eval/{self.metrics[0]}"
-        evals = [float(r[headline]) for r in rows if r[headline]]
-        self.evals = np.reshape(evals, (-1, len(self.seeds))).tolist()
-        self.train_seconds = float(rows[-1]["time/train_seconds"]) if rows else 0.0
-
-    def header(self, data):
-        """Show what is about to run: the data, the machine and the resolved arguments."""
-        facts, args = self.facts, self.facts["args"]
-        print(f"{ALGO} on {facts['task']}, {facts['device']}, run directory {self.dir}")
+        self.open()
+        print(f"{ALGO} on {task.name}, {self.facts['device']}, run directory {self.dir}")
         if data is not None:
             rows, episodes = len(data["rewards"]), int(data["terminals"].sum())
-            print(
-                f"dataset: {facts['dataset_source']}, {rows:,} transitions, {episodes:,} episodes, "
-                f"{(data['masks'] == 0).mean():.2%} of the rows at the goal"
-            )
-        fields = "  ".join(f"{k}={v}" for k, v in args.items() if v is not None)
+            goal = f"{(data['masks'] == 0).mean():.2%} of the rows at the goal"
+            print(f"dataset: {source}, {rows:,} transitions, {episodes:,} episodes, {goal}")
+        fields = "  ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None)
         print(textwrap.fill(fields, 100, initial_indent="  ", subsequent_indent="  "), flush=True)
 
-    def begin(self, phase):
-        """A phase starts, or goes on after a resume."""
-        self.phase, self.quiet = phase, not sys.stderr.isatty()
-        self.bar = tqdm(
-            total=phase.end, initial=self.step, desc=phase.name, unit="step", disable=self.quiet
-        )
-        self.rate, self.log_seconds = 8.0, 0.0
-        self.compiled, self.said, self.before = (
-            phase.advance.seconds,
-            time.perf_counter(),
-            self.step,
-        )
+    def open(self):
+        """Make the directory, or go on in that of --resume: args.json keeps what it says of the
+        start, metrics.csv what was there at the checkpoint."""
+        args, now, path = self.args, self.facts, Path(self.args.resume or self.args.out_dir)
+        if not args.resume:
+            name = f"{self.task.name.removesuffix('-v0').replace('/', '-')}__{ALGO}__{args.seed}"
+            path /= f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
+            while path.exists():
+                path = path.with_name(path.name + "x")
+            path.mkdir(parents=True)
+        Run.dir, self.lock_file = path, open(path / ".lock", "w")
+        fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process writes a run
+        if args.resume:
+            before = json.loads((path / "args.json").read_text())
+            was = before.get("dataset_source")
+            if before.get("dataset_crc32") != now["dataset_crc32"]:
+                raise UserError(f"{path} was started on other data ({was}): put it back")
+            new = {k: now[k] for k in ("commit", "device", "versions")} | {"step": self.step}
+            self.facts = before | dict(args=now["args"], resumes=[*before.get("resumes", []), new])
+        write_file(path / "args.json", self.facts)
+        self.csv = open(path / "metrics.csv", "a", newline="")
+        size = min(self.csv.tell(), self.csv_bytes)  # less where the file was emptied
+        self.csv.seek(self.csv.truncate(size))
 
-    def iterations(self):
-        """How many the next dispatch makes: about a second's, up to the next thing that is due."""
-        target = min([self.phase.end] + [(self.step // m + 1) * m for m in self.intervals()])
-        return max(1, min(-(-(target - self.step) // self.phase.stride), int(self.rate)))
+        from tensorboard.summary import Writer
 
-    def intervals(self):
-        return self.args.log_interval, self.args.eval_interval, self.args.checkpoint_interval
+        self.writers, self.wandb = [Writer(str(path / f"tb_seed{s}")) for s in self.seeds], None
+        if args.wandb_project:
+            import wandb
 
-    def note(self, n, sums, seconds):
-        """A dispatch of n iterations is done: time, bar or line; stop if the training diverged."""
-        phase = self.phase
-        compiling, self.compiled = phase.advance.seconds - self.compiled, phase.advance.seconds
-        if compiling:
+            names = dict(project=args.wandb_project, id=path.name)
+            self.wandb = wandb.init(**names, config=self.facts, resume="allow")
+
+    def stop(self, number, frame):
+        """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        print("\nstopping soon; once more to stop at once", file=sys.stderr, flush=True)
+
+    def dispatch(self, carry):
+        """Iterations of about a second, up to the next thing that is due -> (carry, whether to log,
+        to evaluate, to save). A seed that diverged is named and left out; without any, stops."""
+        phase, args, before = self.phase, self.args, self.step
+        due = (args.log_interval, args.eval_interval, args.checkpoint_interval)
+        due = [min(phase.end, (before // interval + 1) * interval) for interval in due]
+        n = max(1, min(-(-(min(due) - before) // phase.stride), int(self.rate)))
+        start, compiled = time.perf_counter(), phase.advance.seconds
+        carry = phase.advance(carry, n)
+        sums = jax.device_get(carry["sums"])
+        if compiling := phase.advance.seconds - compiled:
             tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
-        seconds -= compiling
-        self.before, self.step, self.rate = self.step, self.step + n * phase.stride, n / seconds
-        self.train_seconds, self.log_seconds = (
-            self.train_seconds + seconds,
-            self.log_seconds + seconds,
-        )
-        self.bar.update(self.step - self.before)
-        if self.quiet and time.perf_counter() - self.said > 10:  # no terminal: lines, not a bar
+        seconds = time.perf_counter() - start - compiling
+        self.step, self.rate = before + n * phase.stride, n / seconds
+        self.train_seconds += seconds
+        self.log_seconds += seconds
+        self.bar.update(self.step - before)
+        if self.bar.disable and time.perf_counter() - self.said > 10:  # no terminal: lines
             self.said, speed = time.perf_counter(), self.rate * phase.stride
             eta = (phase.end - self.step) / speed
             print(f"{phase.name} {self.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
-        broken = [k for k, v in sums["train"].items() if not np.isfinite(v).all()]
-        if broken:
-            rates = [k for k in vars(self.args) if k.endswith(("_lr", "learning_rate"))]
+        for i in list(self.left):
+            broken = [k for k, v in sums.items() if "train/" in k and not np.isfinite(v[i]).all()]
+            if broken:
+                what = f"diverged before step {self.step:,}: {', '.join(broken)} not finite"
+                self.diverged = self.diverged | {str(self.seeds[i]): self.step}
+                self.left.remove(i)
+                if self.left:
+                    tqdm.write(f"seed {self.seeds[i]} {what}; the others go on")
+        if not self.left:
+            rates = [k.replace("_", "-") for k in vars(args) if k.endswith(("_lr", "ing_rate"))]
             raise UserError(
-                f"training diverged before step {self.step:,}: {', '.join(broken)} not finite; "
-                f"step {self.saved:,} is the last good one in {self.dir}; try a lower "
-                + " or ".join("--" + rate.replace("_", "-") for rate in rates)
+                f"training {what}; step {self.saved:,} is the last good one in {self.dir}; "
+                f"try a lower --{' or --'.join(rates)}"
             )
+        return carry, *(self.step >= step for step in due)
 
-    def due(self):
-        """Whether to log, to evaluate, to save."""
-        over = self.step >= self.phase.end
-        return [over or self.step // m > self.before // m for m in self.intervals()]
-
-    def averages(self, sums, carry):
-        """Metrics since the last log, one value per seed; what nothing is known of is NaN."""
-        count, episodes = np.asarray(sums["count"]), np.asarray(sums["episodes"])
+    def log(self, carry, results):
+        """A CSV row and TensorBoard point per seed: means since the last log, and the evaluation's
+        `results`, if there are. What nothing is known of is NaN here, and left out."""
         mean = lambda total, n: np.where(n > 0, total / np.maximum(n, 1), np.nan)
-        self.updates_per_s = float(count.flat[0] / self.log_seconds)
-        values = {f"train/{k}": mean(v, count) for k, v in sums["train"].items()}
-        values |= {f"online/{k}": mean(sums[k], episodes) for k in ("return", "success")}
-        if "recent" in carry:  # the last episodes' returns, as many as there were
-            recent = np.asarray(carry["recent"])
-            values["charts/episodic_return"] = mean(
-                np.nansum(recent, axis=1), (~np.isnan(recent)).sum(axis=1)
-            )
-        values["time/updates_per_s"] = self.updates_per_s
-        values["time/train_seconds"] = self.train_seconds
-        values["time/compile_s"], self.log_seconds = self.phase.advance.seconds, 0.0
-        return values | {f"eval/{k}": np.nan for k in self.metrics}
-
-    def note_evaluation(self, results):
-        self.evals.append(results[self.metrics[0]].mean(axis=1).tolist())
-        tqdm.write(f"{self.phase.name} step {self.step:>9,}  {summary(results)}")
-        return {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
-
-    def log(self, values):
-        """One CSV row and TensorBoard point per seed; values are (num_seeds,) or scalars."""
-        try:
-            if self.csv is None:
-                self.open_logs(values)
-            table = csv.DictWriter(self.csv, self.columns, extrasaction="ignore")
-            if self.csv.tell() == 0:
-                table.writeheader()
-            for i, seed in enumerate(self.seeds):
-                row = {k: float(np.broadcast_to(v, len(self.seeds))[i]) for k, v in values.items()}
-                row = {k: v for k, v in row.items() if not np.isnan(v)}  # nothing to report yet
-                table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
-                for name, value in row.items():
-                    self.writers[i].add_scalar(name, value, self.step)
-                if self.wandb:
-                    self.wandb.log({f"{k}/seed{seed}": v for k, v in row.items()}, self.step)
-            self.csv.flush()
-        except OSError as e:
-            raise UserError(
-                f"cannot write metrics: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
-                f"--resume {self.quoted}"
-            ) from e
-
-    def open_logs(self, values):
-        from tensorboard.summary import Writer
-
-        names = ["step", "phase", "seed", *values]  # online runs know of more, later
-        names += [] if "charts/episodic_return" in values else ["charts/episodic_return"]
-        self.columns = self.columns or names
-        self.csv = open(self.dir / "metrics.csv", "a", newline="")
-        self.writers = [Writer(str(self.dir / f"tb_seed{s}")) for s in self.seeds]
-        if project := self.args.wandb_project:
-            import wandb
-
-            name = self.dir.name
-            self.wandb = wandb.init(project=project, id=name, config=self.facts, resume="allow")
-
-    @property
-    def quoted(self):
-        return shlex.quote(str(self.dir))
+        sums, seeds = jax.device_get(carry["sums"]), len(self.seeds)
+        values = {name: mean(*pairs.T) for name, pairs in sums.items()}
+        returns = np.asarray(carry.get("recent", np.full((seeds, 1), np.nan)))
+        values["charts/episodic_return"] = mean(np.nansum(returns, 1), (~np.isnan(returns)).sum(1))
+        updates = max(pairs[0, 1] for name, pairs in sums.items() if "train/" in name)
+        self.updates_per_s, self.log_seconds = float(updates / self.log_seconds), 0.0
+        values |= {f"time/{k}": getattr(self, k) for k in ("updates_per_s", "train_seconds")}
+        values["time/compile_s"] = self.phase.advance.seconds
+        measured = {k: v.mean(1) for k, v in (results or {}).items()}
+        values |= {f"eval/{k}": measured.get(k, np.nan) for k in self.metrics}
+        if results:
+            self.evals = [*self.evals, values[f"eval/{self.metrics[0]}"].tolist()]
+            left = summary({k: v[self.left] for k, v in results.items()})
+            tqdm.write(f"{self.phase.name} step {self.step:>9,}  {left}")
+        table = csv.DictWriter(self.csv, ["step", "phase", "seed", *values])
+        if self.csv.tell() == 0:
+            table.writeheader()
+        for i, seed in enumerate(self.seeds):
+            row = {k: float(np.broadcast_to(v, seeds)[i]) for k, v in values.items()}
+            row = {k: v for k, v in row.items() if i in self.left and not np.isnan(v)}
+            table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
+            for name, value in row.items():
+                self.writers[i].add_scalar(name, value, self.step)
+            if self.wandb:
+                self.wandb.log({f"{k}/seed{seed}": v for k, v in row.items()}, self.step)
+        self.csv.flush()
+        return carry | {"sums": place(jax.tree.map(np.zeros_like, sums), seeds)}
 
     def save(self, carry):
-        save_checkpoint(self.dir, carry, dict(step=self.step))
-        self.saved = self.step
-
-    def leave(self):
-        """Ctrl-C or a signal: all is saved."""
-        self.bar.close()
-        print(f"stopped; --resume {self.quoted} continues at {self.saved:,}", file=sys.stderr)
-        raise SystemExit(128 + self.stop.number)
-
-    def end_phase(self, nets, state):
-        self.bar.close()
-        if draw := self.task.parts.get("after_phase"):
-            script = sys.modules[__name__]
-            ask(draw, self.dir, self.phase.name, script, nets, self.args, state)
+        self.saved, self.csv_bytes = self.step, self.csv.tell()
+        facts = {k: getattr(self, k) for k in PROGRESS}
+        if self.step == self.args.offline_steps and self.args.start_from is not None:
+            save_checkpoint(self.dir, carry, facts, "offline")  # stays, for --start-from
+        save_checkpoint(self.dir, carry, facts)
 
     def finish(self, results):
         """Write result.json and print the same figures as the last line."""
-        last_three = float(np.mean(self.evals[-3:]))
-        facts = {k: self.facts[k] for k in ("dataset_source", "device", "commit")}
+        left, source = self.left, self.facts["dataset_source"]
+        last_three = float(np.array(self.evals[-3:])[:, left].mean())
+        results = {k: v[left] for k, v in results.items()}
         result = {f"eval/{k}": float(v.mean()) for k, v in results.items()}
-        result |= {f"eval/{self.metrics[0]}_last_three": last_three, "steps": self.step, **facts}
+        result |= {f"eval/{self.metrics[0]}_last_three": last_three, "steps": self.step}
+        result |= {k: self.facts[k] for k in ("dataset_source", "device", "commit")}
         result |= {"train_seconds": self.train_seconds, "updates_per_s": self.updates_per_s}
-        result |= {"seeds": self.seeds, "episodes": {k: v.tolist() for k, v in results.items()}}
-        self.write_json("result.json", result)
-        print(
-            f"done: {summary(results)}  last three evaluations {last_three:.2f}  "
-            f"steps {self.step:,}  train_seconds {self.train_seconds:.0f}  updates_per_s "
-            f"{self.updates_per_s:.1f}  dataset {facts['dataset_source']}  in {self.dir}"
-        )
-
-
-class StopSignal:
-    """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
-
-    def __init__(self):
-        self.number = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self)
-
-    def __call__(self, number, frame):
-        if self.number is not None:
-            os._exit(128 + number)
-        self.number = number
-        print("\nstopping soon; once more to stop at once", file=sys.stderr, flush=True)
+        result |= {"seeds": [self.seeds[i] for i in left], "diverged": self.diverged}
+        result |= {"episodes": {k: v.tolist() for k, v in results.items()}}
+        write_file(self.dir / "result.json", result)
+        speed = f"train_seconds {self.train_seconds:.0f}  updates_per_s {self.updates_per_s:.1f}"
+        print(f"done: {summary(results)}  last three evaluations {last_three:.2f}  steps "
+              f"{self.step:,}  {speed}  dataset {source}  in {self.dir}")  # fmt: skip
 
 
 class Phase(NamedTuple):
@@ -2312,22 +2008,19 @@ class Phase(NamedTuple):
 def check_numbers(args, unbounded=(), zero=()):
     """Counts are at least 1 (steps, seed and those in `zero`: 0), other numbers at least 0, gamma
     and tau at most 1."""
+    zero, last = ("seed", "offline_steps", "online_steps", *zero), 2**31 - args.num_seeds
     for name, value in vars(args).items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or name in unbounded:
-            continue
-        may_be_0 = ("seed", "offline_steps", "online_steps", *zero)
-        low = 0 if isinstance(value, float) or name in may_be_0 else 1
-        high = {"gamma": 1, "tau": 1, "seed": 2**31 - 1}.get(name, np.inf)
-        if not low <= value <= high:
-            bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
-    if args.seed + args.num_seeds > 2**31:
-        raise UserError("--seed plus --num-seeds must stay below 2^31")
+        if type(value) in (int, float) and name not in unbounded:
+            low = int(type(value) is int and name not in zero)
+            high = {"gamma": 1, "tau": 1, "seed": last}.get(name, np.inf)
+            if not low <= value <= high:
+                bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
+                raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
 
 
 def fill(args, **values):
-    """Set those of `values` that no flag has set."""
-    unset = {k: v for k, v in values.items() if getattr(args, k) is None}
+    """Set those of `values` that this script has flags for and no flag has set."""
+    unset = {k: v for k, v in values.items() if getattr(args, k, v) is None}
     return dataclasses.replace(args, **unset)
 
 
@@ -2338,34 +2031,34 @@ def task_table(task, defaults):
     return defaults | TASK_DEFAULTS[family] | own.get("", {}) | own.get(ALGO, {})
 
 
-def own_flags(table):
-    """The part of a table that this script has flags for."""
-    return {k: v for k, v in table.items() if k in Args.__dataclass_fields__}
-
-
 def command_line(main, args_type, argv=None):
     """Parse the flags, call `main(args)`; what the user can mend is one sentence, exit code 2."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress too
+    Run.dir = None
     try:
         args = tyro.cli(args_type, args=argv)
-        if "" in (args.resume, args.evaluate):
-            raise UserError("--resume and --evaluate need the directory of a run, but got ''")
-        if args.resume or args.evaluate:
-            args = read_args(args.resume or args.evaluate, argv, args_type())
+        if args.video and not args.evaluate:
+            raise UserError("--video goes with --evaluate RUN_DIR")
+        for run_dir in (args.start_from or None, args.resume, args.evaluate):
+            args = args if run_dir is None else read_args(run_dir, argv, args_type())
         main(args)
+        return 0
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        error, code = e, 2
+    except OSError as e:
+        then = REMEDY.get(e.errno, "mend that") + f", then --resume {shlex.quote(str(Run.dir))}"
+        then = then if Run.dir else "mend that, or choose --out-dir"
+        error, code = f"cannot use {e.filename or Run.dir}: {e.strerror or e}; {then}", 2
     except (jax.errors.JaxRuntimeError, MemoryError) as e:
         if not any(word in str(e) for word in ("RESOURCE_EXHAUSTED", "ut of memory")):
             raise
-        print(f"error: out of memory; fewer --num-seeds, smaller networks, --batch-size or "
-              f"--buffer-size ({str(e).splitlines()[0][:150]})", file=sys.stderr)  # fmt: skip
-        return 2
+        rows = "--batch-size, --buffer-size" if hasattr(args, "buffer_size") else "--batch-size"
+        reason = str(e).splitlines()[0][:150]
+        error, code = f"out of memory; lower --num-seeds, {rows} or network sizes ({reason})", 2
     except KeyboardInterrupt:
-        print("\ninterrupted before training began; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+        error, code = "interrupted before training began; nothing was written", 130
+    print(f"error: {error}", file=sys.stderr)
+    return code
 
 
 # ==== end shared: runs ====
@@ -2386,28 +2079,28 @@ def resolve(args, task):
     if (args.prior, args.student) == ("gaussian", "deterministic"):
         online_alpha = table.get("fql_online_alpha", table["fql_alpha"])
         table["alpha"] = online_alpha if args.online_steps else table["fql_alpha"]
-    args = fill(args, **own_flags(table))
+    args = fill(args, **table)
     hidden = args.hidden_dims
     args = fill(args, online_alpha=args.alpha, critic_hidden_dims=hidden, actor_hidden_dims=hidden)
     check_numbers(args, unbounded=("log_std_min", "log_std_max", "target_entropy"))
-    for name in ("critic_hidden_dims", "actor_hidden_dims", "prior_hidden_dims"):
-        if min(getattr(args, name), default=0) < 1:
-            raise UserError(f"--{name.replace('_', '-')} needs layers of at least one unit")
-    if args.offline_steps + args.online_steps == 0:
-        raise UserError("nothing to train: give --offline-steps or --online-steps")
-    if args.online_steps % args.num_envs:
-        raise UserError("--online-steps must be a multiple of --num-envs")
-    if args.log_std_min > args.log_std_max or args.init_temperature <= 0:
-        raise UserError(
-            "--log-std-min must not exceed --log-std-max, --init-temperature be above 0"
-        )
     used = [args.offline_td_temperature] * (args.offline_steps > 0)
     used += [args.online_td_temperature] * (args.online_steps > 0)
-    if args.soft_backup and (args.student == "deterministic" or min(used) <= 0):
-        raise UserError(
-            "--soft-backup needs the Gaussian student and TD temperatures above 0; add "
-            "--offline-td-temperature 1"
-        )
+    soft = args.student == "gaussian" and min(used, default=1) > 0
+    layers = "needs layers of at least one unit"
+    for wrong, remedy in (
+        (min(args.critic_hidden_dims, default=0) < 1, f"--critic-hidden-dims {layers}"),
+        (min(args.actor_hidden_dims, default=0) < 1, f"--actor-hidden-dims {layers}"),
+        (min(args.prior_hidden_dims, default=0) < 1, f"--prior-hidden-dims {layers}"),
+        (args.offline_steps + args.online_steps == 0,
+         "nothing to train: give --offline-steps or --online-steps"),
+        (args.online_steps % args.num_envs, "--online-steps must be a multiple of --num-envs"),
+        (args.log_std_min > args.log_std_max, "--log-std-min must not exceed --log-std-max"),
+        (args.init_temperature <= 0, "--init-temperature must be above 0"),
+        (args.soft_backup and not soft, "--soft-backup needs the Gaussian student and TD "
+         "temperatures above 0; add --offline-td-temperature 1"),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(remedy)
     return args
 
 

@@ -13,46 +13,40 @@ What is optimised (s observation, a action or chunk of H actions, sg = stop-grad
   path density  log p = sum of Gaussian log-densities of A_0 and of each A_{i+1} given A_i
                         - sum_j log scale (1 - tanh(u_j)^2)            in the place of log pi(a|s)
 
-Online (--mode online, tasks without data), every step of the environment
+Online (--mode online, from scratch), every step of the environment
   critic        y = sg[r + gamma (1 - terminated) (min_c Q_c(s', a') - alpha log p')]
                 L_critic = 1/2 sum_c mean (Q_c(s, a) - y)^2,  (s, a) and (s', a') in ONE pass
                 through BatchRenorm critics without target network  (plain: with one, no 1/2)
   actor         L_actor = mean (alpha log p - min_c Q_c(s, a)),  every --policy-delay updates
   temperature   L_alpha = alpha (H - H_target),  H = -mean sg[log p]
 
-Offline-to-online (--mode offline-to-online, tasks with data), chunks of H actions played open loop
+Offline-to-online (the default of tasks with data), chunks of H actions played open loop
   critic        y = sg[sum_k gamma^k r_k + gamma^H mask (mean_c Q'_c(s', a') - alpha log p')]
                 L_critic = mean valid (Q_c(s, a) - y)^2,  Q' <- tau Q + (1 - tau) Q'
   step A        critic, and flow matching mean valid (v(s, x_t, t) - (x_1 - x_0))^2
-  step B        critic, and the actor:
-                L_actor = mean (alpha log p - mean_c Q_c(s, a)) + beta mean (a - a_data)^2
+  step B        critic, and actor mean (alpha log p - mean_c Q_c(s, a)) + beta mean (a - a_data)^2
   Offline both steps are taken on each batch; online one step B per environment step.
 
 Deviations from the released code (P: from the paper, where the released code differs from it)
   1. log p contains -log s_i at every step, of every policy; tanh's Jacobian in its stable form.
   2. Noise of its own for every step and call: released Flow-G reuses one key offline-to-online.
-  3. Offline-to-online alpha is the constant 0: there, a sign error drives it to 0; --autotune has
-     the right sign.
+  3. Offline-to-online alpha is the constant 0, to which a sign error drives it there.
   4. No chunk crosses the replay's write pointer, and online rows never overwrite the dataset. The
      target critic follows the critic after its step (there: before).
-  5. Stochastic and deterministic evaluation; checkpoints hold the state of BatchRenorm, which takes
-     variances in two passes.
-  6. Same function, less work: attention over one token is two linear maps; what does not change
-     along a rollout is computed once.
-  7. Deterministic evaluation starts at A_0 = 0 and adds no noise.
-  8. With --num-envs above 1 on official environments, updates overlap with the next step and see
-     the new rows one step later.
+  5. Evaluation also without noise, from A_0 = 0; checkpoints hold the state of BatchRenorm, which
+     takes variances in two passes; attention over one token is two linear maps, the same function.
+  6. With --num-envs above 1 on official environments, updates see new rows one step later.
+  7. The naive velocity joins time behind BatchRenorm, which cannot standardise a batch's constant:
+     its running variance falls to 0, and acting sees times of +-12 (released: --renorm-time).
   P. Learned noise online and 0.05 / 0.02 offline-to-online instead of one sigma with drift
      correction; CrossQ critic, policy delay, Adam b1 0.5; widths 512 / 96; no clamp of Flow-G's
-     candidate; post-norm blocks with self-attention; BC and RL interleaved offline; constant beta.
-     Not here: frozen pre-trained velocities inside Flow-G or Flow-T.
+     candidate; post-norm blocks with self-attention; BC and RL interleaved offline; constant beta;
+     no frozen pre-trained velocities inside Flow-G or Flow-T.
 
 Modes
-  python algos/sac_flow.py                                vmapped pendulum, a few minutes
-  python algos/sac_flow.py --policy gaussian              the same with SAC
+  python algos/sac_flow.py --policy flow-g                vmapped pendulum, a few minutes
   python algos/sac_flow.py --env-id HalfCheetah-v4        from scratch, the published settings
   python algos/sac_flow.py --env-id cube-double           offline, then online, in chunks
-  python algos/sac_flow.py --env-id pointmaze-medium      the same on a point maze, small networks
   python algos/sac_flow.py --evaluate runs/RUN            load a checkpoint and evaluate it
 """
 
@@ -103,62 +97,53 @@ ALGO = "sac_flow"
 class Args:
     # ---- experiment ----
     env_id: str = "phys2d/Pendulum-v0"
-    """task: a Gymnasium id (phys2d/Pendulum-v0, HalfCheetah-v5), an OGBench single-task id, a short
-    name (cube-double-task3, pointmaze-medium), or FILE.py:NAME, a task file"""
+    """task: a Gymnasium id (HalfCheetah-v5), an OGBench single-task id, a short name
+    (cube-double-task3, pointmaze-medium), or FILE.py:NAME, a task file"""
     mode: Literal["online", "offline-to-online"] | None = None
-    """from scratch (tasks without data) or from a dataset and then online (tasks with data)"""
+    """from scratch, or from a dataset and then online (default for tasks with data)"""
     seed: int = 0  # first seed
     num_seeds: int = 1  # train this many seeds (seed, seed+1, ...) in one vmapped program
     out_dir: str = "runs"  # directory in which the run directory is created
-    evaluate: str | None = None
-    """run directory: load its checkpoint, evaluate, print a table, train nothing"""
+    evaluate: str | None = None  # run directory: evaluate its checkpoint, train nothing
+    video: bool = False  # with --evaluate: also record episodes (see benchmark/see.py)
     resume: str | None = None  # run directory: continue it exactly where its last checkpoint stands
+    start_from: str = ""
+    """run directory: a new run from the end of its offline phase; its flags are the defaults"""
     wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
-    matmul_precision: Literal["default", "high", "highest"] = "default"
-    """float32 matmuls: JAX's default (TF32 on recent GPUs), high or highest"""
+    matmul_precision: Literal["default", "high", "highest"] = "default"  # of float32 matmuls
 
     # ---- environment and data ----
     env_backend: Literal["auto", "jax", "host", "mjx"] = "auto"
-    """jax: vmapped environment inside the program (pendulum, point mazes); host: the official
-    environment through gymnasium.vector; auto: jax where it exists, else host; mjx: MuJoCo tasks
-    (v5) vmapped inside the program, for a GPU (far slower than host on a CPU)"""
-    success_timing: Literal["post", "pre"] = "post"
-    """OGBench: reward and success after the action (post, as published) or before it (pre)"""
+    """vmapped inside the program (pendulum, point mazes), or the official one in processes of its
+    own; auto: jax where it exists; mjx: MuJoCo tasks (v5) vmapped, for a GPU (slow on a CPU)"""
+    success_timing: Literal["post", "pre"] = "post"  # OGBench: reward after the action or before
     dataset: str | None = None  # transitions of your own: FILE.npz or FILE.hdf5 (see README)
-    dataset_dir: str = "~/.ogbench/data"
-    """where OGBench datasets are looked for, downloaded to or collected into"""
+    dataset_dir: str = "~/.ogbench/data"  # OGBench datasets are here, or come here
     num_envs: int | None = None
-    """parallel environments per seed (published: 1); a block of steps of all, the fewest whose
-    num-envs * utd updates each are a multiple of policy-delay, is followed by its updates, and only
-    they change the policy that acts"""
-    action_scale: float | None = None
-    """half width of the action box (default: what the environment says)"""
-    normalize_obs: bool | None = None
-    """offline-to-online: standardise observations with the dataset's mean and deviation"""
-    sparse: bool | None = None  # offline-to-online: every non-zero reward becomes -1
+    """parallel environments per seed; after a block of steps, the fewest after which a whole number
+    of actor updates is due, all updates of the block are made"""
+    action_scale: float | None = None  # half width of the action box (default: the environment's)
+    normalize_obs: bool | None = None  # offline-to-online: standardise by the dataset's moments
+    sparse: bool | None = None  # tasks with data: every non-zero reward becomes -1
 
     # ---- schedule ----
-    offline_steps: int | None = None  # offline-to-online: offline iterations (published: 1,000,000)
+    offline_steps: int | None = None  # offline-to-online: offline iterations
     online_steps: Annotated[int | None, tyro.conf.arg(aliases=["--total-timesteps"])] = None
     """environment steps, those before learning starts included, rounded up to whole blocks (see
-    num-envs; published: 1,000,000)"""
+    num-envs)"""
     learning_starts: int | None = None
-    """online steps before the first online update, rounded up to steps of all environments: random
-    actions in --mode online (at least a block, if several official environments run while updates
-    are made), the policy's own offline-to-online"""
-    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = (
-        None  # log the metrics' mean over this many steps
-    )
+    """environment steps before the first online update, rounded up likewise: from scratch random
+    ones (a block at least, where official environments run in parallel), else the policy's own"""
+    log_interval: Annotated[int | None, tyro.conf.arg(aliases=["--updates-per-dispatch"])] = None
+    """log the metrics' mean over this many steps"""
     eval_interval: Annotated[int | None, tyro.conf.arg(aliases=["--eval-freq"])] = None
     """evaluate every this many steps and at the end of each phase"""
     eval_episodes: int | None = None  # episodes per evaluation, mode of acting and seed
-    checkpoint_interval: int | None = None
-    """checkpoint every this many steps and at the end; official environments begin new episodes
-    there"""
+    eval_all_modes: bool = False  # all modes within a phase too, not just the first
+    checkpoint_interval: int | None = None  # steps; official environments begin new episodes there
     offline_schedule: Literal["interleaved", "sequential"] | None = None
     """offline: flow matching and RL on each batch, or flow matching first and RL afterwards"""
-    bc_fraction: float | None = None
-    """sequential schedule: part of the offline iterations that are flow matching"""
+    bc_fraction: float | None = None  # sequential: part of the offline steps for flow matching
 
     # ---- optimisation ----
     batch_size: int | None = None  # rows per gradient step
@@ -169,12 +154,11 @@ class Args:
     tau: float | None = None  # target critic: fraction of the new critic in each step
     gamma: float | None = None  # discount per environment step
     policy_delay: int | None = None  # critic updates per actor update
-    utd: int = 1  # critic updates per environment step
+    utd: float = 1.0  # critic updates per environment step (0.5: one after every second step)
     buffer_size: int = 1_000_000  # online rows that are kept per seed
     num_critics: int = 2  # critics, joined by min (online) or mean (offline-to-online)
-    critic: Literal["brn", "plain"] | None = None
-    """online: BatchRenorm without target network, or plain ReLU with one (offline-to-online:
-    always LayerNorm with one)"""
+    critic: Literal["brn", "plain", "layer"] | None = None
+    """BatchRenorm without target network, or plain ReLU with one; offline-to-online: layer norm"""
     critic_hidden_dims: tuple[int, ...] | None = None  # widths of the critics
     hidden_dim: int | None = None  # width of flow-g, mlp and gaussian policies
     d_model: int | None = None  # width of flow-t's residual stream
@@ -182,9 +166,9 @@ class Args:
     # ---- algorithm ----
     policy: Literal["flow-g", "flow-t", "mlp", "gaussian"] | None = None
     """gated velocity, decoder-block velocity, plain MLP velocity, or SAC's Gaussian"""
+    renorm_time: bool = False  # mlp from scratch: BatchRenorm over the time as well, as released
     flow_steps: int = 4  # K, Euler steps of the rollout
-    noise: Literal["learned", "fixed"] | None = None
-    """deviation of the noise at each Euler step: learned or --sigma"""
+    noise: Literal["learned", "fixed"] | None = None  # of each Euler step: learned, or --sigma
     sigma: float | None = None  # fixed noise: deviation in the actor's loss
     sigma_inference: float | None = None  # fixed noise: deviation for targets, acting, evaluation
     drift_correction: bool = False
@@ -195,34 +179,31 @@ class Args:
     horizon_length: int | None = None  # offline-to-online: H, actions per chunk
     beta: float | None = None  # offline-to-online: weight of the distance to the data, offline
     beta_online: float | None = None  # the same in the online phase
-    bc_space: Literal["action", "pretanh"] | None = None
-    """offline-to-online: flow matching of the actions, as published, or of their atanh"""
+    bc_space: Literal["action", "pretanh"] | None = None  # flow matching of actions or their atanh
 
 
 # What a task sets when no flag does: the mode's settings, over them the task's (the first matching
 # prefix wins). Sources: [code] released code, [qc] Q-chunking, [ours] chosen here.
+BOTH = dict(  # [code]
+    online_steps=1_000_000, gamma=0.99, num_envs=1, actor_lr=3e-4, hidden_dim=512,
+    log_interval=500, checkpoint_interval=100_000, normalize_obs=False, sparse=False,
+)  # fmt: skip
 PAPER = {
-    "online": dict(  # [code]
-        online_steps=1_000_000, learning_starts=50_000, batch_size=512, gamma=0.99, num_envs=1,
-        actor_lr=3e-4, critic_lr=1e-3, alpha_lr=1e-3, adam_b1=0.5, policy_delay=3, hidden_dim=512,
-        d_model=96, critic_hidden_dims=(1024, 1024), policy="flow-g", noise="learned",
-        autotune=True, ent_coef=0.2, log_interval=500, eval_interval=25_000, eval_episodes=10,
-        checkpoint_interval=100_000, offline_steps=0, horizon_length=1, normalize_obs=False,
-        sparse=False,
+    "online": BOTH | dict(  # [code]
+        learning_starts=50_000, batch_size=512, critic_lr=1e-3, alpha_lr=1e-3, adam_b1=0.5,
+        policy_delay=3, critic="brn", critic_hidden_dims=(1024, 1024), policy="flow-g", d_model=96,
+        noise="learned", autotune=True, ent_coef=0.2, eval_interval=25_000, eval_episodes=10,
+        offline_steps=0, horizon_length=1, beta=0.0,
     ),
-    "offline-to-online": dict(  # [code], [qc]
-        offline_steps=1_000_000, online_steps=1_000_000, learning_starts=5_000, batch_size=256,
-        gamma=0.99, num_envs=1, actor_lr=3e-4, critic_lr=3e-4, alpha_lr=3e-4, adam_b1=0.9,
-        tau=0.005, policy_delay=1, hidden_dim=512, d_model=128,
-        critic_hidden_dims=(512, 512, 512, 512), policy="flow-t", noise="fixed", autotune=False,
-        action_scale=1.0, log_interval=500, eval_interval=100_000, eval_episodes=50,
-        checkpoint_interval=100_000, horizon_length=5, normalize_obs=False, sparse=False,
-        bc_space="action", offline_schedule="interleaved", bc_fraction=0.25,
+    "offline-to-online": BOTH | dict(  # [code], [qc]
+        offline_steps=1_000_000, learning_starts=5_000, batch_size=256, critic_lr=3e-4,
+        alpha_lr=3e-4, adam_b1=0.9, tau=0.005, policy_delay=1, critic="layer",
+        critic_hidden_dims=(512,) * 4, policy="flow-t", d_model=128, noise="fixed",
+        autotune=False, action_scale=1.0, eval_interval=100_000, eval_episodes=50,
+        horizon_length=5, bc_space="action", offline_schedule="interleaved", bc_fraction=0.25,
     ),
 }  # fmt: skip
-PLAIN = dict(  # [code] --critic plain
-    adam_b1=0.9, tau=0.005, policy_delay=1, critic_hidden_dims=(512, 512, 512, 512)
-)
+PLAIN = dict(adam_b1=0.9, tau=0.005, policy_delay=1, critic_hidden_dims=(512,) * 4)  # [code]
 TASK_DEFAULTS = {
     # [ours] minutes on two CPU cores. Fewer or smaller steps of the actor leave seeds of Flow-G at
     # returns of -500 to -1000 for the whole run.
@@ -255,12 +236,12 @@ class BatchRenorm(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         width = x.shape[-1]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, width)
-        running_var = self.variable("batch_stats", "var", jnp.ones, width)
-        calls = self.variable("batch_stats", "calls", jnp.zeros, (), jnp.int32)
+        stat = functools.partial(self.variable, "batch_stats")
+        running = stat("mean", jnp.zeros, width), stat("var", jnp.ones, width)
+        calls = stat("calls", jnp.zeros, (), jnp.int32)
         gain = self.param("gain", nn.initializers.ones, (width,))
         bias = self.param("bias", nn.initializers.zeros, (width,))
-        mean, var = running_mean.value, running_var.value
+        mean, var = (average.value for average in running)
         if train and not self.is_initializing():
             m = x.mean(axis=tuple(range(x.ndim - 1)))
             v = ((x - m) ** 2).mean(axis=tuple(range(x.ndim - 1)))
@@ -272,15 +253,15 @@ class BatchRenorm(nn.Module):
             renorm = calls.value >= self.warm_up
             mean = jnp.where(renorm, m - d * root / r, m)
             var = jnp.where(renorm, v / r**2, v)
-            keep = lambda old, new: self.momentum * old + (1 - self.momentum) * new
-            running_mean.value = keep(running_mean.value, jax.lax.stop_gradient(m))
-            running_var.value = keep(running_var.value, jax.lax.stop_gradient(v))
+            for average, new in zip(running, (m, v), strict=True):
+                new = (1 - self.momentum) * jax.lax.stop_gradient(new)
+                average.value = self.momentum * average.value + new
             calls.value += 1
         return gain * (x - mean) / jnp.sqrt(var + self.epsilon) + bias
 
 
 class Norm(nn.Module):
-    """The normalisation of that kind: brn, layer, or none."""
+    """The normalisation of that kind: brn, layer, or else none."""
 
     kind: str
 
@@ -291,6 +272,7 @@ class Norm(nn.Module):
         return nn.LayerNorm()(x) if self.kind == "layer" else x
 
 
+LECUN = nn.initializers.lecun_normal()
 FAN_AVG = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 
 
@@ -301,45 +283,33 @@ class MLP(nn.Module):
     out_dim: int | None = None
     activation: Callable = nn.relu
     norm: str = "none"  # brn also normalises the input
-    kernel_init: Callable = nn.initializers.lecun_normal()
-    head_init: Callable | None = None
-    head_bias: float = 0.0
+    kernel_init: Callable = LECUN
 
     @nn.compact
     def __call__(self, x, train=False):
+        dense = functools.partial(nn.Dense, kernel_init=self.kernel_init)
         x = BatchRenorm()(x, train) if self.norm == "brn" else x
         for width in self.hidden_dims:
-            x = self.activation(nn.Dense(width, kernel_init=self.kernel_init)(x))
-            x = Norm(self.norm)(x, train)
-        if self.out_dim is None:
-            return x
-        inits = self.head_init or self.kernel_init, nn.initializers.constant(self.head_bias)
-        return nn.Dense(self.out_dim, kernel_init=inits[0], bias_init=inits[1])(x)
+            x = Norm(self.norm)(self.activation(dense(width)(x)), train)
+        return x if self.out_dim is None else dense(self.out_dim)(x)
 
 
 class Critic(nn.Module):
     """Independent Q functions with stacked parameters: (obs, action) -> (num_critics, B)."""
 
     num_critics: int
-    net: dict
+    hidden_dims: tuple[int, ...]
+    kind: str  # --critic
 
     @nn.compact
     def __call__(self, obs, actions, train):
         members = nn.vmap(
-            MLP,
-            variable_axes={"params": 0, "batch_stats": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            out_axes=0,
-            axis_size=self.num_critics,
-        )
-        x = jnp.concatenate([obs, actions], axis=-1)
-        return members(out_dim=1, **self.net)(x, train).squeeze(-1)
-
-
-def bound_log_std(head):
-    """A learned log deviation within [-5, 2], about -1.5 at first."""
-    return -5 + 3.5 * (jnp.tanh(head) + 1)
+            MLP, variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True},
+            in_axes=None, out_axes=0, axis_size=self.num_critics,
+        )  # fmt: skip
+        style = dict(activation=nn.gelu, kernel_init=FAN_AVG) if self.kind == "layer" else {}
+        net = members(self.hidden_dims, 1, norm=self.kind, **style)
+        return net(jnp.concatenate([obs, actions], axis=-1), train).squeeze(-1)
 
 
 def join(*parts):
@@ -348,80 +318,77 @@ def join(*parts):
     return jnp.concatenate([jnp.broadcast_to(p, (rows, p.shape[1])) for p in parts], axis=-1)
 
 
-class Velocity(nn.Module):
-    """What the three velocities share. `context(obs)` is computed once per rollout;
-    `velocity(context, x, t, k)` at each Euler step k, time t (1 or B, 1), gives v and the log
-    deviation of the step's noise (None where it is not learned)."""
+class Policy(nn.Module):
+    """What the policies share. `context(obs, train)` is computed once per rollout; `velocity
+    (context, x, t, k, train)` gives v and the log deviation of the noise (None where it is not
+    learned) at Euler step k, time t (1 or B, 1)."""
 
     act_dim: int
     width: int  # hidden_dim, or d_model of flow-t
     flow_steps: int
-    online: bool  # from scratch: BatchRenorm; offline-to-online: none, and deeper MLPs
+    input_norm: str  # from scratch brn; flows with none have layer norms or deeper MLPs
     learned_noise: bool
+    renorm_time: bool
 
-    def __call__(self, obs, x, train=False):
+    def __call__(self, obs, x, train):
         """Touch every parameter, for the initialisation."""
         context, t = self.context(obs, train), jnp.zeros((1, 1))
         return [self.velocity(context, x, t, k, train) for k in range(self.flow_steps)]
 
-
-class NaiveVelocity(Velocity):
-    """--policy mlp: a plain network, whose rollout is a residual RNN."""
-
-    def setup(self):
-        if self.online:
-            self.norm = BatchRenorm()
-            self.body = MLP((self.width, self.width))
-        else:
-            self.body = MLP((self.width,) * 4, None, nn.gelu, kernel_init=FAN_AVG)
-        head_init = nn.initializers.lecun_normal() if self.online else FAN_AVG
-        self.head = nn.Dense(self.act_dim, kernel_init=head_init)
-        if self.learned_noise:
-            self.noise_head = nn.Dense(self.act_dim)
-
     def context(self, obs, train):
         return obs
 
+    def log_std(self, head, x, divisor=1):
+        """Learned, within [-5, 2] and about -1.5 at first (its deviation then divided), or None."""
+        learned = self.learned_noise
+        return -5 + 3.5 * (jnp.tanh(head(x)) + 1) - jnp.log(divisor) if learned else None
+
+
+class NaiveVelocity(Policy):
+    """--policy mlp: a plain network, whose rollout is a residual RNN."""
+
+    def setup(self):
+        online = self.input_norm == "brn"
+        depth, act, init = (2, nn.relu, LECUN) if online else (4, nn.gelu, FAN_AVG)
+        self.norm = Norm(self.input_norm)
+        self.body = MLP((self.width,) * depth, None, act, kernel_init=init)
+        self.head = nn.Dense(self.act_dim, kernel_init=init)
+        self.noise_head = nn.Dense(self.act_dim)
+
     def velocity(self, obs, x, t, k, train):
-        x = join(obs, x, t)
-        x = self.body(self.norm(x, train) if self.online else x)
-        return self.head(x), bound_log_std(self.noise_head(x)) if self.learned_noise else None
+        before, behind = ([t], []) if self.renorm_time else ([], [t])
+        x = self.body(join(self.norm(join(obs, x, *before), train), *behind))
+        return self.head(x), self.log_std(self.noise_head, x)
 
 
-class GatedVelocity(Velocity):
+class GatedVelocity(Policy):
     """--policy flow-g: v = g (vhat - x), as in a GRU; g is 0.993 at first, whatever the input."""
 
     def setup(self):
-        if self.online:
-            self.norm = BatchRenorm()
-            self.time = MLP((64,), 32, nn.swish)
-            self.candidate = MLP((self.width,), self.act_dim, nn.swish)
-            gate = dict(hidden_dims=(self.width,))
-        else:
-            self.candidate = MLP((self.width,) * 4, self.act_dim, nn.gelu, kernel_init=FAN_AVG)
-            gate = dict(hidden_dims=(self.width // 2,), kernel_init=FAN_AVG)
-        zeros = nn.initializers.zeros
-        self.gate = MLP(
-            out_dim=self.act_dim, activation=nn.swish, head_init=zeros, head_bias=5.0, **gate
-        )
-        if self.learned_noise:  # of the state alone, so the same for all steps
-            self.noise = MLP((self.width, self.width), self.act_dim)
+        w, d, constant = self.width, self.act_dim, nn.initializers.constant
+        gate, deep, act, init = (w // 2,), (w,) * 4, nn.gelu, FAN_AVG
+        if self.input_norm == "brn":
+            gate, deep, act, init = (w,), (w,), nn.swish, LECUN
+        self.norm, self.time = Norm(self.input_norm), MLP((64,), 32, nn.swish)
+        self.candidate = MLP(deep, d, act, kernel_init=init)
+        self.gate = MLP(gate, None, nn.swish, kernel_init=init)
+        self.gate_head = nn.Dense(d, kernel_init=constant(0.0), bias_init=constant(5.0))
+        self.noise = MLP((w, w), d)  # of the state alone, so the same for all steps
 
     def context(self, obs, train):
-        return obs, bound_log_std(self.noise(obs)) if self.learned_noise else None
+        return obs, self.log_std(self.noise, obs)
 
     def velocity(self, context, x, t, k, train):
         obs, log_std = context
-        if self.online:
+        if self.input_norm == "brn":
             angles = t * jnp.exp(-jnp.log(1e4) * jnp.arange(16) / 15)
-            time = self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1))
-            inputs = join(self.norm(join(obs, x), train), time)
-        else:
-            inputs = join(obs, x, t)
-        return nn.sigmoid(self.gate(inputs)) * (self.candidate(inputs) - x), log_std
+            t = self.time(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1))
+        inputs = join(self.norm(join(obs, x), train), t)
+        gate = nn.sigmoid(self.gate_head(self.gate(inputs)))
+        return gate * (self.candidate(inputs) - x), log_std
 
 
-class DecoderVelocity(Velocity):
+class DecoderVelocity(Policy):
     """--policy flow-t: a transformer decoder whose one token is x and whose one memory is s.
 
     A softmax over one key is 1, whatever the query: self-attention is W_o W_v x, cross-attention
@@ -432,119 +399,82 @@ class DecoderVelocity(Velocity):
     num_blocks: int = 2
 
     def setup(self):
-        d, norm = self.width, "brn" if self.online else "layer"
-        dense = lambda: nn.Dense(d)
-        norms = lambda n: [Norm(norm) for _ in range(n)]
-        blocks = range(self.num_blocks)
-        if self.online:
-            self.obs_norm = BatchRenorm()
-            self.token_norms = [BatchRenorm() for _ in range(self.flow_steps)]
-        self.memory = MLP((d // 2,), d, nn.silu)
-        self.token = dense()
+        d, blocks = self.width, range(self.num_blocks)
+        kind = "brn" if self.input_norm == "brn" else "layer"
+        dense = lambda: [nn.Dense(d) for _ in blocks]
+        self.obs_norm = Norm(self.input_norm)
+        self.token_norms = [Norm(self.input_norm) for _ in range(self.flow_steps)]
+        self.memory, self.token = MLP((d // 2,), d, nn.silu), nn.Dense(d)
         self.time = MLP((d // 4, d // 2), d, nn.silu)
-        self.self_value, self.self_out = [dense() for _ in blocks], [dense() for _ in blocks]
-        self.cross_value, self.cross_out = [dense() for _ in blocks], [dense() for _ in blocks]
+        self.self_value, self.self_out = dense(), dense()
+        self.cross_value, self.cross_out = dense(), dense()
         self.feed_forward = [MLP((4 * d,), d, nn.gelu) for _ in blocks]
-        self.norms = [norms(3) for _ in blocks]
-        self.head = nn.Dense(self.act_dim)
-        if self.learned_noise:
-            self.noise_head = nn.Dense(self.act_dim)
+        self.norms = [[Norm(kind) for _ in range(3)] for _ in blocks]
+        self.head, self.noise_head = nn.Dense(self.act_dim), nn.Dense(self.act_dim)
 
     def context(self, obs, train):
-        m = self.memory(self.obs_norm(obs, train) if self.online else obs)
+        m = self.memory(self.obs_norm(obs, train))
         return [o(v(m)) for v, o in zip(self.cross_value, self.cross_out, strict=True)]
 
     def velocity(self, memories, x, t, k, train):
-        x = self.token(self.token_norms[k](x, train) if self.online else x) + self.time(t)
+        x = self.token(self.token_norms[k](x, train)) + self.time(t)
         for b, memory in enumerate(memories):  # post-norm
             norms = self.norms[b]
             x = norms[0](x + self.self_out[b](self.self_value[b](x)), train)
             x = norms[1](x + memory, train)
             x = norms[2](x + self.feed_forward[b](x), train)
-        if not self.learned_noise:
-            return self.head(x), None
         # this policy's noise is added to the velocity, so a step of 1/K scales it too
-        return self.head(x), bound_log_std(self.noise_head(x)) - jnp.log(self.flow_steps)
+        return self.head(x), self.log_std(self.noise_head, x, self.flow_steps)
 
 
-class GaussianPolicy(nn.Module):
+class GaussianPolicy(Policy):
     """--policy gaussian: mean and clipped log deviation of SAC's action before tanh."""
 
-    act_dim: int
-    width: int
-    norm: str
-
     @nn.compact
-    def __call__(self, obs, train):
-        x = MLP((self.width // 2, self.width, self.width // 2), norm=self.norm)(obs, train)
-        mean, log_std = nn.Dense(self.act_dim)(x), nn.Dense(self.act_dim)(x)
-        return mean, jnp.clip(log_std, -20, 2)
+    def context(self, obs, train):
+        narrow = self.width // 2
+        x = MLP((narrow, self.width, narrow), norm=self.input_norm)(obs, train)
+        return nn.Dense(self.act_dim)(x), jnp.clip(nn.Dense(self.act_dim)(x), -20, 2)
 
 
 class Networks(NamedTuple):
-    """The method's functions of (params, stats, inputs..., train) -> (output, stats), `stats` being
-    BatchRenorm's state; tests put hand-made ones in their place."""
+    """Functions of (params, stats, inputs..., train) -> (output, stats), the state of BatchRenorm;
+    tests put hand-made ones in their place."""
 
-    dim: int  # actions of a whole chunk
+    dim: int  # actions of a whole chunk, which actor and critic see as one
     critic: Callable  # obs, action -> (num_critics, B)
-    context: Callable | None = None  # obs -> what the velocity needs of it
+    context: Callable | None = None  # obs -> what the velocity needs; gaussian: mean and log_std
     velocity: Callable | None = None  # context, x, t, k -> (v, log_std or None)
-    gaussian: Callable | None = None  # obs -> (mean, log_std)
-
-
-def make_modules(args, act_dim):
-    """Flax modules of actor and critic, which see all actions of a chunk as one."""
-    dim = args.horizon_length * act_dim
-    online = args.mode == "online"
-    kind = args.critic if online else "layer"
-    activation = nn.relu if online else nn.gelu
-    init = nn.initializers.lecun_normal() if online else FAN_AVG
-    net = dict(hidden_dims=args.critic_hidden_dims, activation=activation, kernel_init=init)
-    critic = Critic(args.num_critics, net | dict(norm="none" if kind == "plain" else kind))
-    if args.policy == "gaussian":
-        norm = "brn" if kind == "brn" else "none"
-        return dict(actor=GaussianPolicy(dim, args.hidden_dim, norm), critic=critic)
-    kinds = {"mlp": NaiveVelocity, "flow-g": GatedVelocity, "flow-t": DecoderVelocity}
-    width = args.d_model if args.policy == "flow-t" else args.hidden_dim
-    learned = args.noise == "learned"
-    actor = kinds[args.policy](dim, width, args.flow_steps, online, learned)
-    return dict(actor=actor, critic=critic)
+    init: Callable | None = None  # obs_dim, key -> (params, stats), dicts of the groups
 
 
 def make_networks(args, act_dim):
-    """The modules as plain functions."""
+    """Actor and critic as plain functions."""
+    kinds = {"mlp": NaiveVelocity, "flow-g": GatedVelocity, "flow-t": DecoderVelocity}
+    width = args.d_model if args.policy == "flow-t" else args.hidden_dim
+    norm = args.critic if args.policy == "gaussian" else "brn" if args.mode == "online" else "none"
+    dim, kind = args.horizon_length * act_dim, kinds.get(args.policy, GaussianPolicy)
+    actor = kind(dim, width, args.flow_steps, norm, args.noise == "learned", args.renorm_time)
+    critic = Critic(args.num_critics, args.critic_hidden_dims, args.critic)
 
     def function(module, method=None):
         def apply(params, stats, *inputs, train=False):
-            variables = {"params": params, "batch_stats": stats}
-            out, new = module.apply(
-                variables, *inputs, train, method=method, mutable=["batch_stats"]
-            )
+            variables, mutable = {"params": params, "batch_stats": stats}, ["batch_stats"]
+            out, new = module.apply(variables, *inputs, train, method=method, mutable=mutable)
             return out, new.get("batch_stats", stats)
 
         return apply
 
-    modules = make_modules(args, act_dim)
-    actor, critic = modules["actor"], function(modules["critic"])
-    if args.policy == "gaussian":
-        return Networks(actor.act_dim, critic, gaussian=function(actor))
-    return Networks(actor.act_dim, critic, function(actor, "context"), function(actor, "velocity"))
+    def init(obs_dim, key):
+        inputs, keys = (jnp.zeros((1, obs_dim)), jnp.zeros((1, dim)), False), jax.random.split(key)
+        groups = dict(actor=actor.init(keys[0], *inputs), critic=critic.init(keys[1], *inputs))
+        if args.autotune:
+            groups["log_alpha"] = {"params": jnp.log(jnp.float32(args.ent_coef))}
+        params = {name: v["params"] for name, v in groups.items()}
+        return params, {name: v.get("batch_stats", {}) for name, v in groups.items()}
 
-
-def init_params(args, obs_dim, act_dim, key):
-    """(trainable parameters, state of BatchRenorm), each with entries actor and critic."""
-    modules = make_modules(args, act_dim)
-    obs, action = jnp.zeros((1, obs_dim)), jnp.zeros((1, modules["actor"].act_dim))
-    actor_key, critic_key = jax.random.split(key)
-    inputs = (obs, False) if args.policy == "gaussian" else (obs, action, False)
-    variables = dict(
-        actor=modules["actor"].init(actor_key, *inputs),
-        critic=modules["critic"].init(critic_key, obs, action, False),
-    )
-    params = {name: v["params"] for name, v in variables.items()}
-    if args.autotune:
-        params["log_alpha"] = jnp.log(jnp.float32(args.ent_coef))
-    return params, {name: v.get("batch_stats", {}) for name, v in variables.items()}
+    parts = function(critic), function(actor, "context"), function(actor, "velocity")
+    return Networks(dim, *parts, init)
 
 
 # ---- the method: sampling ----
@@ -558,37 +488,21 @@ class Rollout(NamedTuple):
     eps: jax.Array
 
 
-def num_draws(args):
-    return 1 if args.policy == "gaussian" else args.flow_steps + 1
-
-
 def rollout(params, stats, nets, args, obs, eps, sigma, train=False):
-    """Path from the noise `eps` (draws, B, A); None: the deterministic path -> (Rollout, stats).
-
-    `params` and `stats` are the actor's. `sigma` is the deviation of fixed noise.
-    """
-    if args.policy == "gaussian":
-        (mean, log_std), stats = nets.gaussian(params, stats, obs, train=train)
-        eps = jnp.zeros((1, *mean.shape)) if eps is None else eps
-        x = mean + jnp.exp(log_std) * eps[0]
-        return Rollout(x[None], mean[None], log_std[None], eps), stats
-    dt, noisy = 1 / args.flow_steps, eps is not None
+    """Path of the actor from the noise `eps` (draws, B, A) -> (Rollout, stats)."""
     context, stats = nets.context(params, stats, obs, train=train)
-    if not noisy:
-        eps = jnp.zeros((num_draws(args), obs.shape[0], nets.dim))
     zeros = jnp.zeros_like(eps[0])
-    path = [(eps[0], zeros, zeros)]  # A_0
+    mean, log_std = context if args.policy == "gaussian" else (zeros, zeros)
+    path = [(mean + jnp.exp(log_std) * eps[0], mean, log_std)]
     for k in range(args.flow_steps):  # unrolled: flow-t has a norm for each step
-        x, t = path[-1][0], k * dt
-        (v, log_std), stats = nets.velocity(
-            params, stats, context, x, jnp.full((1, 1), t), k, train=train
-        )
+        x, dt = path[-1][0], 1 / args.flow_steps
+        t, time = k * dt, jnp.full((1, 1), k * dt)
+        (v, log_std), stats = nets.velocity(params, stats, context, x, time, k, train=train)
         if log_std is None:
-            log_std = jnp.full_like(zeros, jnp.log(step_std(args, sigma)))
-        if args.drift_correction and noisy:  # + sigma^2 / 2 times the score of the flow at time t
+            log_std = jnp.log(step_std(args, sigma))
+        if args.drift_correction:  # + sigma^2 / 2 times the score of the flow at time t
             v = v + sigma**2 / 2 * (t * v - x) / (1 - t)
-        mean = x + dt * v
-        log_std = jnp.broadcast_to(log_std, mean.shape)
+        mean, log_std = x + dt * v, jnp.broadcast_to(log_std, x.shape)
         path.append((mean + jnp.exp(log_std) * eps[k + 1], mean, log_std))
     x, mean, log_std = (jnp.stack(parts) for parts in zip(*path, strict=True))
     return Rollout(x, mean, log_std, eps), stats
@@ -600,10 +514,8 @@ def step_std(args, sigma):
 
 
 def path_log_prob(path, scale):
-    """log density of a path and its action scale * tanh(u): (draws, B, A) -> (B,).
-
-    The quadratic term in eps is that of the drawn x, exactly; log(1 - tanh^2) is stable for any u.
-    """
+    """log density of a path and its action scale * tanh(u), (draws, B, A) -> (B,): eps^2 / 2 is the
+    exact term of the drawn x, and log(1 - tanh^2) is stable for any u."""
     draws = -0.5 * path.eps**2 - path.log_std - 0.5 * jnp.log(2 * jnp.pi)
     u = path.x[-1]
     jacobian = jnp.log(scale) + 2 * (jnp.log(2.0) - u - jax.nn.softplus(-2 * u))
@@ -611,19 +523,22 @@ def path_log_prob(path, scale):
 
 
 def sample_action(params, stats, nets, args, obs, key, sigma, train=False):
-    """Stochastic actions (B, A), log density of their paths (B,), the paths, the actor's stats."""
-    eps = jax.random.normal(key, (num_draws(args), obs.shape[0], nets.dim))
+    """Actions (B, A), log density of their paths (B,), the paths, the actor's stats. `sigma` is the
+    deviation of fixed noise; without a key there is no noise at all."""
+    shape = (args.flow_steps + 1, len(obs), nets.dim)
+    eps, sigma = (jnp.zeros(shape), 0.0) if key is None else (jax.random.normal(key, shape), sigma)
     path, stats = rollout(params, stats, nets, args, obs, eps, sigma, train)
     action = args.action_scale * jnp.tanh(path.x[-1])
     return action, path_log_prob(path, args.action_scale), path, stats
 
 
+# ---- the method: losses ----
+# loss(params, stats, ...) -> (loss, (metrics, stats)): those of the group that the loss trains.
 def aggregate(q, args):
     """Join the critics' values: the smallest online, the mean offline-to-online."""
-    return q.min(axis=0) if args.mode == "online" else q.mean(axis=0)
+    return q.mean(axis=0) if args.critic == "layer" else q.min(axis=0)
 
 
-# ---- the method: losses ----
 def critic_loss(params, stats, target, nets, args, batch, next_action, next_cost):
     """TD error; next_cost = alpha log p' (B,). `target`: (params, stats) of the target critic, or
     None for CrossQ, where both pairs share one pass and its batch statistics."""
@@ -637,25 +552,21 @@ def critic_loss(params, stats, target, nets, args, batch, next_action, next_cost
         next_q, _ = nets.critic(*target, *inputs[1])
     value = aggregate(next_q, args) - next_cost
     y = jax.lax.stop_gradient(batch["returns"] + batch["discounts"] * value)
-    if args.mode == "online":
-        loss = ((q - y) ** 2).sum(axis=0).mean() * (0.5 if args.critic == "brn" else 1.0)
-    else:  # 0 where an episode ended inside the chunk
+    if args.critic == "layer":  # 0 where an episode ended inside the chunk
         loss = (batch["valid"][:, -1] * (q - y) ** 2).mean()
+    else:
+        loss = ((q - y) ** 2).sum(axis=0).mean() * (0.5 if args.critic == "brn" else 1.0)
     return loss, ({"critic_loss": loss, "q": q.mean(), "td_target": y.mean()}, stats)
 
 
 def actor_loss(params, stats, nets, args, batch, critic, alpha, beta, key):
-    """Up the critic, entropy, and offline-to-online the distance to the data.
-
-    `critic` is its (params, stats); the gradient is that of the actor alone.
-    """
-    action, log_prob, path, stats = sample_action(
-        params, stats, nets, args, batch["obs"], key, args.sigma, train=True
-    )
+    """Up the critic (params, stats), entropy, and offline-to-online the distance to the data."""
+    actor = params, stats, nets, args
+    action, log_prob, path, stats = sample_action(*actor, batch["obs"], key, args.sigma, train=True)
     q, _ = nets.critic(*critic, batch["obs"], action)
     loss = jnp.mean(alpha * log_prob - aggregate(q, args))
-    info = {"entropy": -log_prob.mean(), "actor_q": q.mean()}
-    info["step_std"] = jnp.exp(path.log_std[-1]).mean()
+    step_std = jnp.exp(path.log_std[-1]).mean()
+    info = {"entropy": -log_prob.mean(), "actor_q": q.mean(), "step_std": step_std}
     if args.mode == "offline-to-online":
         info["data_distance"] = jnp.mean((action - batch["actions"]) ** 2)
         loss += beta * info["data_distance"]
@@ -664,23 +575,22 @@ def actor_loss(params, stats, nets, args, batch, critic, alpha, beta, key):
 
 def flow_matching_loss(params, stats, nets, args, batch, key):
     """Behaviour cloning: the velocity of straight paths from N(0, I) to the data."""
-    x1 = batch["actions"]
-    if args.bc_space == "pretanh":  # the rollout's own space: tanh(x1) is what is played
-        x1 = jnp.arctanh(x1)
+    # pretanh is the rollout's own space: tanh(x1) is what is played
+    x1 = jnp.arctanh(batch["actions"]) if args.bc_space == "pretanh" else batch["actions"]
     noise_key, time_key = jax.random.split(key)
     x0 = jax.random.normal(noise_key, x1.shape)
     t = jax.random.uniform(time_key, (len(x1), 1))
     context, _ = nets.context(params, stats, batch["obs"], train=True)
-    x_t = (1 - t) * x0 + t * x1
-    (v, _), _ = nets.velocity(params, stats, context, x_t, t, 0, train=True)
+    (v, _), _ = nets.velocity(params, stats, context, (1 - t) * x0 + t * x1, t, 0, train=True)
     valid = jnp.repeat(batch["valid"], x1.shape[1] // batch["valid"].shape[1], axis=1)
     loss = jnp.mean(valid * (v - (x1 - x0)) ** 2)
     return loss, ({"bc_loss": loss}, stats)
 
 
-def temperature_loss(log_alpha, entropy, target_entropy):
+def temperature_loss(log_alpha, stats, entropy, target_entropy):
     """Raise alpha while the entropy is below its target, lower it above."""
-    return jnp.exp(log_alpha) * jax.lax.stop_gradient(entropy - target_entropy)
+    loss = jnp.exp(log_alpha) * jax.lax.stop_gradient(entropy - target_entropy)
+    return loss, ({}, stats)
 
 
 # ---- the method: one update ----
@@ -689,7 +599,7 @@ class TrainState:
     """Everything that training changes. Keys are functions of (seed, step), so none is stored."""
 
     params: Any  # actor, critic and, if it is learned, log_alpha
-    stats: Any  # BatchRenorm's running statistics of actor and critic
+    stats: Any  # BatchRenorm's running statistics, likewise
     target_critic: Any  # empty where there is none
     opt_state: Any
     obs_mean: jax.Array
@@ -698,37 +608,30 @@ class TrainState:
     step: jax.Array  # critic updates
 
 
-def optimizers(args):
-    """One Adam per group, without clipping, decay or schedule."""
+def optimizer(args, name):
+    """Adam of a group, without clipping, decay or schedule."""
     rates = dict(actor=args.actor_lr, critic=args.critic_lr, log_alpha=args.alpha_lr)
-    return {name: optax.adam(rate, b1=args.adam_b1) for name, rate in rates.items()}
-
-
-def has_target(args):
-    return args.mode == "offline-to-online" or args.critic == "plain"
+    return optax.adam(rates[name], b1=args.adam_b1)
 
 
 def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
     """Fresh state of one seed."""
-    params, stats = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
-    return TrainState(
-        params=params,
-        stats=stats,
-        target_critic=params["critic"] if has_target(args) else {},
-        opt_state={name: optimizers(args)[name].init(p) for name, p in params.items()},
-        obs_mean=obs_mean,
-        obs_std=obs_std,
-        seed=seed,
-        step=jnp.zeros((), jnp.int32),
-    )
+    params, stats = make_networks(args, act_dim).init(obs_dim, purpose_key(seed, "init"))
+    target = {} if args.critic == "brn" else params["critic"]
+    opt_state = {name: optimizer(args, name).init(p) for name, p in params.items()}
+    return TrainState(params, stats, target, opt_state, obs_mean, obs_std, seed, jnp.int32(0))
 
 
-def descend(state, name, grads, args):
-    """One Adam step of the group `name`."""
-    params, opt_state = dict(state.params), dict(state.opt_state)
-    updates, opt_state[name] = optimizers(args)[name].update(grads, opt_state[name], params[name])
-    params[name] = optax.apply_updates(params[name], updates)
-    return state.replace(params=params, opt_state=opt_state)
+def descend(state, name, args, loss, *inputs):
+    """One Adam step of the group `name` down its loss -> (state, metrics)."""
+    params, opt_state = state.params[name], state.opt_state[name]
+    grads, (info, stats) = jax.grad(loss, has_aux=True)(params, state.stats[name], *inputs)
+    updates, opt_state = optimizer(args, name).update(grads, opt_state, params)
+    return state.replace(
+        params=state.params | {name: optax.apply_updates(params, updates)},
+        stats=state.stats | {name: stats},
+        opt_state=state.opt_state | {name: opt_state},
+    ), info
 
 
 def temperature(state, args):
@@ -738,53 +641,32 @@ def temperature(state, args):
 
 def critic_step(state, batch, key, nets, args):
     """One Adam step of the critics and, where there is one, a small step of their target."""
-    next_action, next_log_prob, _, _ = sample_action(
-        state.params["actor"], state.stats["actor"], nets, args, batch["next_obs"], key,
-        args.sigma_inference,
-    )  # fmt: skip
-    target = (state.target_critic, state.stats["critic"]) if has_target(args) else None
-    next_cost = temperature(state, args) * next_log_prob
-    grads, (info, stats) = jax.grad(critic_loss, has_aux=True)(
-        state.params["critic"], state.stats["critic"], target, nets, args, batch, next_action,
-        next_cost,
-    )  # fmt: skip
-    state = descend(state, "critic", grads, args)
-    if has_target(args):
-        new = optax.incremental_update(state.params["critic"], state.target_critic, args.tau)
-        state = state.replace(target_critic=new)
-    return state.replace(stats=state.stats | {"critic": stats}, step=state.step + 1), info
+    actor = state.params["actor"], state.stats["actor"], nets, args
+    next_action, log_prob, *_ = sample_action(*actor, batch["next_obs"], key, args.sigma_inference)
+    target = None if args.critic == "brn" else (state.target_critic, state.stats["critic"])
+    inputs = target, nets, args, batch, next_action, temperature(state, args) * log_prob
+    state, info = descend(state, "critic", args, critic_loss, *inputs)
+    if target:
+        target = optax.incremental_update(state.params["critic"], state.target_critic, args.tau)
+    return state.replace(target_critic=target or {}, step=state.step + 1), info
 
 
 def actor_step(state, critic, batch, key, beta, nets, args):
     """One Adam step of the actor up the critic (params, stats), then one of the temperature."""
     alpha = temperature(state, args)
-    grads, (info, stats) = jax.grad(actor_loss, has_aux=True)(
-        state.params["actor"], state.stats["actor"], nets, args, batch, critic, alpha, beta, key
-    )
-    state = descend(state, "actor", grads, args)
-    state = state.replace(stats=state.stats | {"actor": stats})
+    inputs = nets, args, batch, critic, alpha, beta, key
+    state, info = descend(state, "actor", args, actor_loss, *inputs)
     if args.autotune:
-        log_alpha = state.params["log_alpha"]
-        grads = jax.grad(temperature_loss)(log_alpha, info["entropy"], args.target_entropy)
-        state = descend(state, "log_alpha", grads, args)
+        inputs = info["entropy"], args.target_entropy
+        state, _ = descend(state, "log_alpha", args, temperature_loss, *inputs)
     return state, info | {"alpha": alpha}
-
-
-def clone_step(state, batch, key, nets, args):
-    """One Adam step of the actor by flow matching."""
-    actor = (state.params["actor"], state.stats["actor"], nets, args, batch, key)
-    grads, (info, _) = jax.grad(flow_matching_loss, has_aux=True)(*actor)
-    return descend(state, "actor", grads, args), info
 
 
 def make_update(nets, args, clone=False):
     """update(state, batches, key, beta) -> (state, metrics): a critic step on each of policy_delay
-    batches, then one of actor and temperature on the last (`clone`: one of flow matching).
-
-    batch: obs, next_obs (B, D), actions (B, H * A), returns, discounts (B,), and of chunks also
-    valid (B, H); see `sample` and `sample_chunks`. Offline-to-online both are one joint step: the
-    actor climbs the critic as it was before.
-    """
+    batches, then one of actor and temperature on the last (`clone`: one of flow matching). A batch
+    is what `sample_chunks` returns. Offline-to-online both are one joint step: the actor climbs the
+    critic as it was before."""
 
     def update(state, batches, key, beta):
         actor_key, *keys = jax.random.split(key, len(batches) + 1)
@@ -794,11 +676,12 @@ def make_update(nets, args, clone=False):
             state, info = critic_step(state, batch, critic_key, nets, args)
             infos.append(info)
         if clone:
-            state, info = clone_step(state, batches[-1], actor_key, nets, args)
+            inputs = nets, args, batch, actor_key
+            state, info = descend(state, "actor", args, flow_matching_loss, *inputs)
         else:
-            at = state if args.mode == "online" else before
-            critic = at.params["critic"], at.stats["critic"]
-            state, info = actor_step(state, critic, batches[-1], actor_key, beta, nets, args)
+            judge = state if args.mode == "online" else before
+            critic = judge.params["critic"], judge.stats["critic"]
+            state, info = actor_step(state, critic, batch, actor_key, beta, nets, args)
         return state, jax.tree.map(lambda *x: sum(x) / len(x), *infos) | info
 
     return update
@@ -810,75 +693,41 @@ def make_policy(nets, args):
 
     def policy(state, obs, key, deterministic=False):
         obs = ((obs - state.obs_mean) / state.obs_std)[None]
-        actor = (state.params["actor"], state.stats["actor"], nets, args, obs)
-        if deterministic:
-            path, _ = rollout(*actor, None, args.sigma_inference)
-            return args.action_scale * jnp.tanh(path.x[-1, 0])
-        return sample_action(*actor, key, args.sigma_inference)[0][0]
+        actor, key = (state.params["actor"], state.stats["actor"]), None if deterministic else key
+        return sample_action(*actor, nets, args, obs, key, args.sigma_inference)[0][0]
 
     return policy
 
 
 # ---- training ----
 # What a dispatch changes, the carry, is a dict of arrays with a leading axis of seeds, which a
-# program's steps do not see. Always: state, a TrainState, and sums, the metrics since the last log.
-# Online also: replay, a ring of C rows = {obs, next_obs (C, D), actions (C, A), rewards, masks,
-# terminals (C,)} and added, their number so far; returns (E,) of the episodes under way; recent,
-# the last 20 episodes' returns; and on JAX environments envs: their states, the chunks (E, H, A) of
-# actions being played, and how many of each are taken (E,).
-def block_steps(args):
-    """Steps of all environments after which a whole number of actor updates is due. With one
-    environment, three steps and then three critic updates and one of the actor equal step after
-    step: the actor that acts is the same, and each update sees the rows that it would have seen."""
-    return int(args.policy_delay // np.gcd(args.policy_delay, args.num_envs * args.utd))
-
-
+# program's steps do not see: state, a TrainState; sums, the metrics since the last log; online also
+# replay, a ring of C rows {obs, next_obs (C, D), actions (C, A), rewards, masks, terminals (C,)}
+# and added, their number so far; returns (E,) of the episodes under way; recent, the last 20
+# episodes' returns; and on JAX environments envs: their states, the chunks (E, H, A) of actions
+# being played, and how many of each are taken (E,).
 def make_learn(nets, args, *updates):
-    """learn(carry, data, beta, first=0) -> carry: draw policy_delay batches and take each of the
-    `updates` on them; the first batch is that of critic update `first` of its block."""
+    """learn(carry, data, beta) -> carry: draw policy_delay batches, take each of the `updates`."""
 
-    def draw(key, data, replay, number):
-        if replay is not None:  # the rows that existed at the step of that critic update
-            later = block_steps(args) - 1 - number // (args.num_envs * args.utd)
-            replay = replay | {"added": replay["added"] - args.num_envs * later}
-        if data is None:
-            return sample(key, replay, args.batch_size, args.gamma, args.buffer_size)
-        return sample_chunks(
-            key, data, replay, args.batch_size, args.horizon_length, args.gamma,
-            limit=args.buffer_size, stride=args.num_envs,
-        )  # fmt: skip
-
-    def learn(carry, data, beta, first=0):
+    def learn(carry, data, beta):
         state, replay, batches, metrics = carry["state"], carry.get("replay"), [], {}
-        for j in range(args.policy_delay):
-            key = jax.random.split(purpose_key(state.seed, "update", state.step + j))[0]
-            batch = draw(key, data, replay, first + j)
-            for name in ("obs", "next_obs"):
-                batch[name] = (batch[name] - state.obs_mean) / state.obs_std
-            batches.append(batch)
+        for step in (state.step + j for j in range(args.policy_delay)):
+            key = jax.random.split(purpose_key(state.seed, "update", step))[0]
+            seen = replay and replay | {"added": visible_rows(args, replay, step)}
+            batch = sample_chunks(
+                key, data, seen, args.batch_size, args.horizon_length, args.gamma,
+                limit=args.buffer_size, stride=args.num_envs,
+            )  # fmt: skip
+            scaled = {k: (batch[k] - state.obs_mean) / state.obs_std for k in ("obs", "next_obs")}
+            batches.append(batch | scaled)
         for update in updates:
             key = jax.random.split(purpose_key(state.seed, "update", state.step))[1]
             state, info = update(state, batches, key, beta)
             metrics |= info
-        sums = add_sums(carry.get("sums"), metrics, args.policy_delay)
+        sums = add_sums(carry["sums"], metrics, args.policy_delay)
         return carry | {"state": state, "sums": sums}
 
     return learn
-
-
-def make_learn_block(nets, args):
-    """learn_block(carry, data, beta) -> carry: all updates of a block of the online phase."""
-    learn = make_learn(nets, args, make_update(nets, args))
-    groups = block_steps(args) * args.num_envs * args.utd // args.policy_delay
-
-    def learn_block(carry, data, beta):
-        def body(g, part):  # without the replay, which they only read
-            after = learn(carry | part, data, beta, g * args.policy_delay)
-            return {k: after[k] for k in part}
-
-        return carry | jax.lax.fori_loop(0, groups, body, {k: carry[k] for k in ("state", "sums")})
-
-    return learn_block
 
 
 def make_act(nets, args, random=False):
@@ -906,38 +755,22 @@ def make_phases(task, env, data, nets, args, sizes):
         offline = [("cloning", 0, middle, clone), ("offline", middle, args.offline_steps, update)]
     phases = []
     for name, start, end, *updates in offline:
-        program = Program(make_learn(nets, args, *updates), data, jnp.float32(args.beta or 0))
+        program = Program(make_learn(nets, args, *updates), data, jnp.float32(args.beta))
         phases += [Phase(name, start, end, program)] * (start < end)
-    if not args.online_steps:
-        return phases
-    act, random = make_act(nets, args), make_act(nets, args, random=True)
-    chunks = dict(horizon=args.horizon_length, sparse=args.sparse)
-    block = make_learn_block(nets, args), block_steps(args)
-    play = Play(act, *block, **chunks, learn_first=args.num_envs > 1)
-    warm_up = Play(random if args.mode == "online" else act, None, **chunks, count=False)
+    act, (steps, groups) = make_act(nets, args), block_size(args)
+    learn, overlap = repeat(make_learn(nets, args, update), groups), args.num_envs > 1
+    play = Play(act, learn, steps, args.horizon_length, args.sparse, learn_first=overlap)
+    first_act = make_act(nets, args, random=True) if args.mode == "online" else act
+    warm_up = play._replace(act=first_act, learn=None, steps=1, count=False)
     first, steps = whole_blocks(args, env)
-    inputs = data, jnp.float32(args.beta_online or 0)
-    args = dataclasses.replace(args, online_steps=steps)
-    return phases + online_phases(
-        task, env, play, args, ring_rows(args), sizes, inputs, warm_up, first
-    )
-
-
-def start_carry(args, data, nets, state):
-    """States of all seeds, and metric sums of all that a learn step of any phase reports."""
-    carry, updates = {"state": state}, [make_update(nets, args)]
-    if data is None:  # of an update from the replay, which is not there yet
-        replay = lambda seed: make_replay(1, state.obs_mean.shape[-1], nets.dim)
-        carry["replay"] = jax.vmap(replay)(state.seed)
-    else:
-        updates.append(make_update(nets, args, clone=True))
-    learn = make_learn(nets, args, *updates)
-    return dict(state=state, sums=zero_sums(learn, carry, data, jnp.float32(0)))
+    rows, args = ring_rows(args), dataclasses.replace(args, online_steps=steps)
+    inputs = data, jnp.float32(args.beta_online)
+    return phases + online_phases(task, env, play, args, rows, sizes, inputs, warm_up, first)
 
 
 def train(args, task):
-    """Online: random steps, then blocks of steps and their updates. Offline-to-online: offline,
-    steps without updates, then the same blocks."""
+    """From scratch: random steps, then blocks of steps and their updates. From data: updates, steps
+    of the policy without updates, then the same blocks."""
     env = make_jax_env(task, args)
     args, sizes = fit_to_env(args, task, env)
     raw, source, data = None, "none: online from scratch", None
@@ -946,14 +779,14 @@ def train(args, task):
         raw, source = load_dataset(task, args)
         if args.sparse:
             raw["rewards"] = -(raw["rewards"] != 0).astype(np.float32)
-        data = place(chunk_data(raw), args.num_seeds, copy=True)
+        data = place(device_rows(raw), args.num_seeds, copy=True)
         mean, std = observation_scale(data, args)
     nets = make_networks(args, sizes[1])
     phases = make_phases(task, env, data, nets, args, sizes)
     carry = start_carry(args, data, nets, start_states(args, *sizes, mean, std))
-    carry, step = resume(carry, phases, args)
+    carry, progress = resume(carry, phases, args)
     policies = evaluation_policies(nets, args)
-    run = Run(args, task, source, raw, policies, step)
+    run = Run(args, task, source, raw, policies, progress)
     evaluate = make_evaluate(task, env, policies, args)
     run.finish(train_loop(run, carry, phases, evaluate, nets))
 
@@ -967,37 +800,32 @@ def evaluation_policies(nets, args):
 # ==== shared: training loop ====
 def train_loop(run, carry, phases, evaluate, nets):
     """Run the phases dispatch by dispatch, each about a second, so that the bar moves and Ctrl-C is
-    heard; what is computed and logged does not depend on how long they are. Between dispatches log,
-    evaluate and save. Returns the last evaluation."""
-    if run.step >= phases[-1].end:  # stopped between its last checkpoint and result.json
-        return evaluate(carry["state"], run.step)
+    heard; what is computed and logged does not depend on how long they are. Between dispatches
+    evaluate, log and save. Returns the last evaluation."""
+    results = None
     for phase in (p for p in phases if run.step < p.end):
-        if run.step == phase.start:
-            carry = phase.enter(carry)
-        run.begin(phase)
+        carry = phase.enter(carry) if run.step == phase.start else carry
+        run.phase, run.rate, run.said = phase, 8.0, time.perf_counter()
+        run.bar = tqdm(total=phase.end, initial=run.step, desc=phase.name, disable=None)
         while run.step < phase.end:
-            n, start = run.iterations(), time.perf_counter()
-            carry = phase.advance(carry, n)
-            sums = jax.device_get(carry["sums"])
-            run.note(n, sums, time.perf_counter() - start)
-            log, evaluation, save = run.due()
-            if log or evaluation:
-                values = run.averages(sums, carry)
-                zeros = jax.tree.map(jnp.zeros_like, carry["sums"])
-                carry = carry | {"sums": place(zeros, len(run.seeds))}
+            carry, log, evaluation, save = run.dispatch(carry)
             if evaluation:
-                results = evaluate(carry["state"], run.step)
-                values |= run.note_evaluation(results)
+                results = evaluate(carry["state"], run.step, run.step >= phase.end)
             if log or evaluation:
-                run.log(values)
-            stopping = run.stop.number is not None and run.step < phases[-1].end
+                carry = run.log(carry, results if evaluation else None)
+            stopping = run.signal and run.step < phases[-1].end
             if save or stopping:
                 carry = phase.restart(carry) if phase.restart else carry
                 run.save(carry)
             if stopping:
-                run.leave()
-        run.end_phase(nets, carry["state"])
-    return results
+                run.bar.close()
+                again = f"--resume {shlex.quote(str(run.dir))} continues at {run.step:,}"
+                print(f"stopped; {again}", file=sys.stderr)
+                raise SystemExit(128 + run.signal)
+        run.bar.close()
+        if draw := run.task.parts.get("after_phase"):
+            ask(draw, run.dir, phase.name, sys.modules[__name__], nets, run.args, carry["state"])
+    return results or evaluate(carry["state"], run.step)  # the run was over but for result.json
 
 
 # ==== end shared: training loop ====
@@ -1020,20 +848,21 @@ import difflib
 import errno
 import fcntl
 import hashlib
+import http.client
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import textwrap
+import urllib.request
 import zlib
 from types import MappingProxyType
 
-from gymnasium.experimental.functional import FuncEnv
 from tqdm import tqdm
 
 # ==== end shared: imports ====
@@ -1044,16 +873,15 @@ class UserError(Exception):
 
 
 # ==== shared: tasks ====
-OGBENCH = {  # family: (variants, dataset types, default first; default task)
-    "pointmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch"), 1),
-    "antmaze": (("medium", "large", "giant", "teleport"), ("navigate", "stitch", "explore"), 1),
-    "humanoidmaze": (("medium", "large", "giant"), ("navigate", "stitch"), 1),
-    "antsoccer": (("arena", "medium"), ("navigate", "stitch"), 4),
-    "cube": (("single", "double", "triple", "quadruple"), ("play", "noisy"), 2),
-    "scene": (("",), ("play", "noisy"), 2),
-    "puzzle": (("3x3", "4x4", "4x5", "4x6"), ("play", "noisy"), 4),
-}
-PUZZLE_DEFAULT_TASK = {"puzzle-4x5": 2, "puzzle-4x6": 2}
+OGBENCH = (  # names, dataset types (default first), default task
+    ("pointmaze-medium pointmaze-large pointmaze-giant pointmaze-teleport", "navigate stitch", 1),
+    ("antmaze-medium antmaze-large antmaze-giant antmaze-teleport", "navigate stitch explore", 1),
+    ("humanoidmaze-medium humanoidmaze-large humanoidmaze-giant", "navigate stitch", 1),
+    ("antsoccer-arena antsoccer-medium", "navigate stitch", 4),
+    ("cube-single cube-double cube-triple cube-quadruple scene", "play noisy", 2),
+    ("puzzle-3x3 puzzle-4x4", "play noisy", 4),
+    ("puzzle-4x5 puzzle-4x6", "play noisy", 2),
+)
 TASK_FILES = ("d4rl", "robomimic", "multi-crescent", "energy-toy")  # those of the repository
 
 
@@ -1069,87 +897,75 @@ class Task(NamedTuple):
     source: tuple = ()  # of a task file: (path, name, dataset_dir)
     parts: Any = MappingProxyType({})  # what that file's make_task says
 
-    @property
-    def official(self):
-        """Whether there is an environment for gymnasium.vector."""
-        return bool(self.gym_id or "make_env" in self.parts)
+
+def need(condition, text):
+    """Where a condition does not hold, stop with one sentence."""
+    if not condition:
+        raise UserError(text)
+
+
+def ask(function, *inputs, failing=""):
+    """Call a function; what it raises for the user becomes one sentence."""
+    try:
+        return function(*inputs)
+    except (ValueError, OSError, ImportError, SyntaxError, gymnasium.error.Error) as e:
+        raise UserError(failing + " ".join(str(e).split())) from e
+
+
+def repository_file(name, otherwise):
+    """A file of benchmark/, which a script that was copied elsewhere does not have."""
+    path = Path(__file__).resolve().parent.parent / "benchmark" / name
+    need(path.is_file(), f"{otherwise} benchmark/{name} of the CleanFlow repository")
+    return path
 
 
 def parse_task(env_id, dataset_dir="~/.ogbench/data"):
     """OGBench single-task id or short name, Gymnasium id, or FILE.py:NAME -> Task."""
     suite, _, name = env_id.partition("/")
-    path, _, file_name = env_id.rpartition(":")
     if suite in TASK_FILES:
-        short = f"{suite.replace('-', '_')}.py"
-        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / short
-        if not path.is_file():
-            raise UserError(
-                f"{env_id} needs benchmark/tasks/{short} of the CleanFlow repository: copy that "
-                f"file and give --env-id {short}:{name or env_id}"
-            )
-        return load_task(env_id, path, name or env_id, dataset_dir)
+        file, name = f"{suite.replace('-', '_')}.py", name or env_id
+        path = repository_file(f"tasks/{file}", f"give --env-id {file}:{name} with a copy of")
+        return load_task(env_id, path, name, dataset_dir)
+    path, _, name = env_id.rpartition(":")
     if path.endswith(".py"):
-        return load_task(f"{Path(path).stem}/{file_name}", Path(path), file_name, dataset_dir)
+        return load_task(f"{Path(path).stem}/{name}", Path(path), name, dataset_dir)
     tasks = {}
-    for family, (variants, kinds, default) in OGBENCH.items():
-        for base in (f"{family}-{v}" if v else family for v in variants):
-            for kind in kinds:
-                for i in (0, 1, 2, 3, 4, 5):
-                    index = i or PUZZLE_DEFAULT_TASK.get(base, default)
-                    name = f"{base}-{kind}-singletask-task{index}-v0"
-                    gym_id = f"{base}-singletask-task{index}-v0"
-                    task = Task(name, base, gym_id, f"{base}-{kind}-v0", index)
-                    suffix = f"-task{i}" if i else ""
-                    tasks[f"{base}-{kind}-singletask{suffix}-v0"] = task
-                    tasks[f"{base}-{kind}{suffix}"] = task
-                    if kind == kinds[0]:
-                        tasks[f"{base}{suffix}"] = task
+    for names, kinds, default in OGBENCH:
+        for base, kind, i in itertools.product(names.split(), kinds.split(), range(6)):
+            one, suffix = f"singletask-task{i or default}-v0", f"-task{i}" if i else ""
+            task = f"{base}-{kind}-{one}", base, f"{base}-{one}", f"{base}-{kind}-v0", i or default
+            for name in (f"-{kind}-singletask{suffix}-v0", f"-{kind}{suffix}", suffix):
+                tasks.setdefault(base + name, Task(*task))
     if env_id in tasks:
         return tasks[env_id]
     if env_id in gymnasium.registry or env_id in JAX_ENVS:
         return Task(env_id, env_id, "" if env_id in JAX_ENVS else env_id, success=False)
-    names = [*tasks, *JAX_ENVS, *gymnasium.registry]
-    close = difflib.get_close_matches(env_id, names, n=3, cutoff=0.3)
-    raise UserError(f"unknown task '{env_id}'; close matches: {', '.join(close) or 'none'}")
+    known = [*tasks, *JAX_ENVS, *gymnasium.registry]
+    close = ", ".join(difflib.get_close_matches(env_id, known, n=3, cutoff=0.3))
+    raise UserError(f"unknown task '{env_id}'; close matches: {close or 'none'}")
 
 
 def load_file(path):
     """Import a Python file by its path; its own imports must be installed packages."""
-    try:
-        spec = importlib.util.spec_from_file_location(f"cleanflow_{Path(path).stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    except (OSError, ImportError, SyntaxError) as e:
-        raise UserError(f"cannot load {path}: {e}") from e
+    spec = importlib.util.spec_from_file_location(f"cleanflow_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    ask(spec.loader.exec_module, module, failing=f"cannot load {path}: ")
     return module
-
-
-def ask(function, *inputs):
-    """Call a function of a task file; what it raises for the user becomes one sentence."""
-    try:
-        return function(*inputs)
-    except (ValueError, OSError, ImportError) as e:
-        raise UserError(" ".join(str(e).split())) from e
 
 
 def load_task(task_name, path, name, dataset_dir):
     """make_task(name, dataset_dir) of a task file -> Task; see README for what it returns."""
     make_task = getattr(load_file(path), "make_task", None)
-    if make_task is None:
-        raise UserError(f"{path} has no function make_task(name, dataset_dir); see README")
+    need(make_task, f"{path} has no function make_task(name, dataset_dir); see README")
     parts = ask(make_task, name, dataset_dir)
-    if not isinstance(parts, dict) or not {"env", "make_env"} & set(parts):
-        raise UserError(f"make_task of {path} must return a dict with 'env' or 'make_env'")
+    right = isinstance(parts, dict) and {"env", "make_env"} & set(parts)
+    need(right, f"make_task of {path} must return a dict with 'env' or 'make_env'")
     known = ("env", "make_env", "data", "success", "score", "defaults", "critic", "after_phase")
-    if unknown := sorted(set(parts) - set(known)):
-        raise UserError(f"make_task of {path} returns '{unknown[0]}', but may return {known}")
-    lacks = [m for m in ("initial", "transition", "max_episode_steps") if "env" in parts
-             and not hasattr(parts["env"], m)]  # fmt: skip
-    if lacks:
-        raise UserError(f"the environment 'env' of {path} lacks '{lacks[0]}'; see README")
-    source = (str(Path(path).resolve()), name, dataset_dir)
-    success = parts.get("success", True)
+    other = [key for key in parts if key not in known]
+    need(not other, f"make_task of {path} returns {other}, but may return {known}")
+    for part in ("initial", "transition", "max_episode_steps") * ("env" in parts):
+        need(hasattr(parts["env"], part), f"the 'env' of {path} lacks '{part}'; see README")
+    success, source = parts.get("success", True), (path.resolve(), name, dataset_dir)
     return Task(task_name, task_name, success=success, source=source, parts=parts)
 
 
@@ -1157,43 +973,33 @@ def make_jax_env(task, args):
     """The task's environment as pure functions, or None where only the official one exists."""
     maze, backend = task.base.removeprefix("pointmaze-"), args.env_backend
     if backend == "mjx" and task.gym_id:
-        path = Path(__file__).resolve().parent.parent / "benchmark" / "tasks" / "mjx.py"
-        if not path.is_file():
-            raise UserError(f"--env-backend mjx needs {path.name} of the CleanFlow repository")
+        path = repository_file("tasks/mjx.py", "--env-backend mjx needs")
         return ask(load_file(path).make_env, task.gym_id, args.success_timing)
-    if backend in ("auto", "jax") and task.parts.get("env"):
-        return task.parts["env"]
-    if backend in ("auto", "jax") and task.base in JAX_ENVS:
-        return JAX_ENVS[task.base]()
-    if backend in ("auto", "jax") and task.base != maze and maze in MAZES:
-        return PointMaze(maze, task.index, args.success_timing)
-    if backend in ("jax", "mjx") or not task.official:
-        raise UserError(f"{task.name} has no {backend} environment; drop --env-backend")
-    return None
+    if backend in ("auto", "jax"):
+        if task.parts.get("env") or task.base in JAX_ENVS:
+            return task.parts.get("env") or JAX_ENVS[task.base]()
+        if task.base != maze and maze in MAZES:
+            return PointMaze(maze, task.index, args.success_timing)
+    official = backend in ("auto", "host") and (task.gym_id or "make_env" in task.parts)
+    need(official, f"{task.name} has no {backend} environment; drop --env-backend")
 
 
 # ==== end shared: tasks ====
 
 
 # ==== shared: point mazes ====
-# OGBench's point mazes, one word per row from the smallest y upwards, # is a wall; then the five
-# single tasks as (start row, start column, goal row, goal column).
+# OGBench's point mazes inside their outer wall, one word per row from the smallest y upwards, # is
+# a wall; and their five single tasks as (start row, start column, goal row, goal column).
 MAZES = {
-    "medium": (
-        "######## #..##..# #..#...# ##...### #..#...# #.#..#.# #...#..# ########",
-        ((1, 1, 6, 6), (6, 1, 1, 6), (5, 3, 4, 2), (6, 5, 6, 1), (2, 6, 1, 1)),
-    ),
-    "large": (
-        "############ #....#.....# #.##.#.#.#.# #......#...# #.####.###.# "
-        "#..#.#.....# ##.#.#.#.### #..#...#...# ############",
-        ((1, 1, 7, 10), (5, 4, 7, 1), (7, 4, 1, 10), (3, 8, 5, 4), (1, 1, 5, 4)),
-    ),
-    "giant": (
-        "################ #.#......##....# #.#.##.#.#..##.# #...#..#...#...# "
-        "#.###.######.#.# #...#...#....#.# ###.#.#..#.#.### #...#..#...#...# "
-        "#.#.#.######.#.# #.###...#...##.# #.....#...#....# ################",
-        ((1, 1, 10, 14), (1, 14, 10, 1), (8, 14, 1, 1), (8, 3, 5, 12), (5, 9, 3, 8)),
-    ),
+    "medium": "..##.. ..#... #...## ..#... .#..#. ...#..",
+    "large": "....#..... .##.#.#.#. ......#... .####.###. ..#.#..... #.#.#.#.## ..#...#...",
+    "giant": ".#......##.... .#.##.#.#..##. ...#..#...#... .###.######.#. ...#...#....#. "
+    "##.#.#..#.#.## ...#..#...#... .#.#.######.#. .###...#...##. .....#...#....",
+}
+TASKS = {
+    "medium": ((1, 1, 6, 6), (6, 1, 1, 6), (5, 3, 4, 2), (6, 5, 6, 1), (2, 6, 1, 1)),
+    "large": ((1, 1, 7, 10), (5, 4, 7, 1), (7, 4, 1, 10), (3, 8, 5, 4), (1, 1, 5, 4)),
+    "giant": ((1, 1, 10, 14), (1, 14, 10, 1), (8, 14, 1, 1), (8, 3, 5, 12), (5, 9, 3, 8)),
 }
 CELL, RADIUS = 4.0, 0.7  # width of a cell; radius of the ball
 STEP_SIZE, SUBSTEPS, TIMESTEP = 0.2, 5, 0.02  # displacement at |a| = 1; RK4 steps and their length
@@ -1208,17 +1014,14 @@ def wall_acceleration(px, py, vx, vy, walls):
     """
     # solref 0.02 is raised to 2 * timestep (refsafe): K = 1 / (dmax tc)^2, B = 2 / (dmax tc)
     dmin, dmax, width, tc = 0.9, 0.95, 0.001, 2 * TIMESTEP  # solimp and time constant
-    stiffness, damping = 1 / (dmax * tc) ** 2, 2 / (dmax * tc)
-    rows = []
-    own_x, own_y = jnp.minimum(px, 0), jnp.minimum(py, 0)
-    over_x, over_y = jnp.maximum(px, 0), jnp.maximum(py, 0)
-    offsets = ((own_x, over_y), (over_x, own_y), (own_x, own_y))  # ball - nearest point of the cell
+    stiffness, damping, rows = 1 / (dmax * tc) ** 2, 2 / (dmax * tc), []
+    own, over = ([limit(p, 0) for p in (px, py)] for limit in (jnp.minimum, jnp.maximum))
+    offsets = ((own[0], over[1]), (over[0], own[1]), own)  # ball - nearest point of the cell
     for wall, (dx, dy) in zip(walls, offsets, strict=True):
         distance = jnp.sqrt(jnp.maximum(dx * dx + dy * dy, 1e-12))
         nx, ny, depth = dx / distance, dy / distance, RADIUS - distance
         x = jnp.clip(depth / width, 0, 1)
-        y = jnp.where(x < 0.5, 2 * x * x, 1 - 2 * (1 - x) ** 2)
-        impedance = dmin + y * (dmax - dmin)
+        impedance = dmin + jnp.where(x < 0.5, 2 * x * x, 1 - 2 * (1 - x) ** 2) * (dmax - dmin)
         # w = 1 / R with R = (1 - imp) / imp * 2 mu^2 (1 + mu^2) * invweight, friction mu = 1 and
         # mass * invweight = 2/3 (MuJoCo averages 1/m, 1/m and the locked z axis' 0)
         w = jnp.where(wall & (depth > 0), impedance / (1 - impedance) / (4 * 2 / 3), 0)
@@ -1229,16 +1032,14 @@ def wall_acceleration(px, py, vx, vy, walls):
             rows.append((jx, jy, weight, aref))
 
     def newton(_, a):
-        ax, ay = a
-        gx, gy, hxx, hxy, hyy = ax, ay, 1.0, 0.0, 1.0
+        (gx, gy), hxx, hxy, hyy = a, 1.0, 0.0, 1.0
         for jx, jy, weight, aref in rows:
-            residual = jx * ax + jy * ay - aref
+            residual = jx * a[0] + jy * a[1] - aref
             active = jnp.where(residual < 0, weight, 0)  # contacts push, they never pull
             gx, gy = gx + active * residual * jx, gy + active * residual * jy
-            hxx, hyy = hxx + active * jx * jx, hyy + active * jy * jy
-            hxy = hxy + active * jx * jy
+            hxx, hxy, hyy = hxx + active * jx * jx, hxy + active * jx * jy, hyy + active * jy * jy
         det = hxx * hyy - hxy * hxy
-        return ax - (hyy * gx - hxy * gy) / det, ay - (hxx * gy - hxy * gx) / det
+        return a[0] - (hyy * gx - hxy * gy) / det, a[1] - (hxx * gy - hxy * gx) / det
 
     # Piecewise quadratic, so exact once the active rows are found: six steps did for each of two
     # million random states, nearly always four.
@@ -1250,8 +1051,8 @@ class PointMazeState(NamedTuple):
     success: jax.Array  # did the last transition reach the goal?
 
 
-class PointMaze(FuncEnv):
-    """OGBench's pointmaze-{medium,large,giant} with a fixed task, as pure functions.
+class PointMaze:
+    """OGBench's pointmaze-{medium,large,giant} with a fixed task, as gymnasium's FuncEnv.
 
     MuJoCo's contact dynamics, written out for a ball and the cells around it: a step agrees with
     the official environment to 1e-12 in float64 (1e-8 where MuJoCo's solver stops early, a few
@@ -1259,20 +1060,15 @@ class PointMaze(FuncEnv):
     a wall (|a_i| > 3 could). As there, actions are not clipped.
     """
 
-    max_episode_steps = 1000
-    goal_tol = 1.0
+    max_episode_steps, goal_tol = 1000, 1.0
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
 
-    def __init__(self, maze: str, task: int = 1, success_timing: str = "post"):
-        super().__init__()
-        if maze not in MAZES or task not in range(1, 6) or success_timing not in ("pre", "post"):
-            raise ValueError(f"no point maze {maze!r}, task {task}, timing {success_timing!r}")
-        rows, tasks = MAZES[maze]
-        self.maze_map = np.array([[c == "#" for c in row] for row in rows.split()], np.int64)
-        self.start_xy = self.ij_to_xy(np.array(tasks[task - 1][:2]))
-        self.goal_xy = self.ij_to_xy(np.array(tasks[task - 1][2:]))
+    def __init__(self, maze, task=1, success_timing="post"):
+        inside = np.array([[c == "#" for c in row] for row in MAZES[maze].split()])
+        self.maze_map = np.pad(inside, 1, constant_values=True)
+        self.start_xy, self.goal_xy = self.ij_to_xy(np.reshape(TASKS[maze][task - 1], (2, 2)))
         self.success_timing = success_timing
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
-        self.action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
 
     def ij_to_xy(self, ij):
         return CELL * ij[..., ::-1] - CELL
@@ -1283,39 +1079,35 @@ class PointMaze(FuncEnv):
     def move(self, xy, action):
         """Position and velocity after one step; the ball starts each step at rest."""
         xy = xy + STEP_SIZE * action
-        ij = self.xy_to_ij(xy)
+        i, j = ij = self.xy_to_ij(xy)
         from_centre = xy - self.ij_to_xy(ij)
         # Mirror the plane so that the ball sits in the lower left of the four nearest cells. The
         # meeting point as the origin also keeps float32 accurate far from the maze's corner.
-        side = jnp.where(from_centre < 0, -1, 1)
-        p = jnp.abs(from_centre) - CELL / 2
-        (i, j), (sx, sy), wall = ij, side, jnp.asarray(self.maze_map == 1)
+        sx, sy = side = jnp.where(from_centre < 0, -1, 1)
+        p, wall = jnp.abs(from_centre) - CELL / 2, jnp.asarray(self.maze_map)
         walls = wall[i, j + sx], wall[i + sy, j], wall[i + sy, j + sx]
-
-        def derivative(s):
-            return (*s[2:], *wall_acceleration(*s, walls))
 
         def advance(s, h, k):
             return tuple(a + h * b for a, b in zip(s, k, strict=True))
 
-        def rk4(s, _):
-            k1 = derivative(s)
-            k2 = derivative(advance(s, TIMESTEP / 2, k1))
-            k3 = derivative(advance(s, TIMESTEP / 2, k2))
-            k4 = derivative(advance(s, TIMESTEP, k3))
-            ends, middle = advance(k1, 1, k4), advance(k2, 1, k3)
-            return advance(s, TIMESTEP / 6, advance(ends, 2, middle)), None
+        def rk4(_, s):
+            slope = lambda s: (*s[2:], *wall_acceleration(*s, walls))
+            k1 = slope(s)
+            k2 = slope(advance(s, TIMESTEP / 2, k1))
+            k3 = slope(advance(s, TIMESTEP / 2, k2))
+            k4 = slope(advance(s, TIMESTEP, k3))
+            return advance(s, TIMESTEP / 6, advance(advance(k1, 1, k4), 2, advance(k2, 1, k3)))
 
         # Scalars rather than vectors: under vmap each becomes one (batch,) array, which XLA fuses.
-        state = (p[0], p[1], jnp.zeros_like(p[0]), jnp.zeros_like(p[0]))
-        state, _ = jax.lax.scan(rk4, state, None, length=SUBSTEPS)
-        return xy + side * (jnp.stack(state[:2]) - p), side * jnp.stack(state[2:])
+        start = (p[0], p[1], jnp.zeros_like(p[0]), jnp.zeros_like(p[0]))
+        px, py, *velocity = jax.lax.fori_loop(0, SUBSTEPS, rk4, start)
+        return xy + side * (jnp.stack([px, py]) - p), side * jnp.stack(velocity)
 
-    def initial(self, rng: Any, params: Any = None) -> PointMazeState:
+    def initial(self, rng, params=None):
         xy = self.start_xy + jax.random.uniform(rng, (2,), minval=-1, maxval=1)
         return PointMazeState(xy, jnp.asarray(False))
 
-    def transition(self, state, action, rng=None, params=None) -> PointMazeState:
+    def transition(self, state, action, rng=None, params=None):
         xy, _ = self.move(state.xy, action)
         judged = xy if self.success_timing == "post" else state.xy
         return PointMazeState(xy, jnp.linalg.norm(judged - self.goal_xy) <= self.goal_tol)
@@ -1324,106 +1116,76 @@ class PointMaze(FuncEnv):
         return state.xy
 
     def reward(self, state, action, next_state, rng=None, params=None):
-        return next_state.success.astype(jnp.float32) - 1
+        return next_state.success - 1.0
 
     def terminal(self, state, rng=None, params=None):
         return state.success
 
-    def success(self, state):
-        return state.success
+    success = terminal
 
 
-def maze_paths(maze_map):
-    """Shortest-path lengths between cells and the next cell on the way, both [from, to].
-
-    Cells are numbered row by row. A wall or the goal itself leads nowhere: next = from. Among
-    equally short ways the order up, left, down, right decides, as in OGBench.
-    """
-    size, free = maze_map.size, np.flatnonzero(maze_map == 0)
-    width = maze_map.shape[1]
-    neighbours = free + np.array([-width, -1, width, 1])[:, None]
-    length = np.full((size, size), size)  # `size` means unreachable
-    length[free, free] = 0
-    for _ in free:
-        length[free] = np.minimum(length[free], length[neighbours].min(0) + 1)
-    step = neighbours[length[neighbours].argmin(0), np.arange(len(free))[:, None]]
-    next_cell = np.tile(np.arange(size)[:, None], size)
-    closer = length[neighbours].min(0) < length[free]
-    next_cell[free] = np.where(closer, step, next_cell[free])
-    return length, next_cell
+def maze_paths(wall):
+    """Shortest-path lengths between cells, numbered row by row, and the next cell on the way, both
+    [from, to]. Among equally short ways up, left, down, right decides, as in OGBench."""
+    size, width, blocked = wall.size, wall.shape[1], wall.reshape(-1, 1)
+    cells = np.arange(size)[:, None]
+    around = (cells[:, 0] + [[-width], [-1], [width], [1]]) % size
+    length = np.where((cells == cells.T) & ~blocked, 0, size)  # `size` means unreachable
+    for _ in cells:
+        length = np.where(blocked, size, np.minimum(length, length[around].min(0) + 1))
+    nearest = around[length[around].argmin(0), cells]
+    return length, np.where(length[around].min(0) < length, nearest, cells)
 
 
-def collect_pointmaze(
-    maze: str,
-    num_transitions: int,
-    seed: int = 0,
-    dataset_type: str = "navigate",
-    with_goals: bool = False,
-) -> dict[str, np.ndarray]:
-    """Collect a dataset as OGBench made its own, in the layout of its files.
+def collect_pointmaze(maze, num_transitions, seed=0, dataset_type="navigate"):
+    """Collect a dataset as OGBench made its own, in the layout of its files, with the goals added.
 
-    The controller walks from cell to cell along the shortest path with Gaussian action noise.
+    The controller walks from cell to cell along the shortest path with Gaussian action noise;
     navigate: a new goal whenever one is reached; stitch: one goal, four cells away. An episode of
-    n + 1 rows holds n transitions (OGBench's 1M: 1000 episodes of 1001 rows; giant 500 of 2001;
-    stitch 5000 of 201), and the number of episodes is rounded up. `with_goals` adds the position
-    that each row was heading for, which OGBench does not store.
+    n + 1 rows holds n transitions; the number of episodes is rounded up.
     """
-    if dataset_type not in ("navigate", "stitch"):
-        raise ValueError(f"no dataset type {dataset_type!r}: navigate or stitch")
     env, navigate = PointMaze(maze), dataset_type == "navigate"
-    steps = (2001 if maze == "giant" else 1001) if navigate else 201
+    steps = dict(navigate=2001 if maze == "giant" else 1001, stitch=201)[dataset_type]
     episodes = -(-num_transitions // (steps - 1))
-    length, next_cell = maze_paths(env.maze_map)
-
-    wall = env.maze_map == 1
+    wall, (length, next_cell) = env.maze_map, maze_paths(env.maze_map)
     up, down, left, right = (np.roll(wall, shift, axis) for axis in (0, 1) for shift in (1, -1))
     hallway = (up & down & ~left & ~right) | (left & right & ~up & ~down)
     goals = np.flatnonzero(~wall & ~hallway)  # OGBench puts no goals in the middle of a corridor
     cell_xy = jnp.asarray(env.ij_to_xy(np.indices(wall.shape).reshape(2, -1).T))
 
+    def step(carry, key):
+        xy, velocity, goal, goal_xy = carry
+        noise_key, cell_key, goal_key = jax.random.split(key, 3)
+        i, j = env.xy_to_ij(xy)
+        way = cell_xy[jnp.asarray(next_cell)[i * wall.shape[1] + j, goal]] - xy
+        way = way / (jnp.linalg.norm(way) + 1e-6)
+        action = jnp.clip(way + 0.5 * jax.random.normal(noise_key, (2,)), -1, 1)
+        row = dict(observations=xy, actions=action, qpos=xy, qvel=velocity, goals=goal_xy)
+        xy, velocity = env.move(xy, action)
+        reached = navigate & (jnp.linalg.norm(xy - goal_xy) <= env.goal_tol)
+        new = jax.random.choice(cell_key, jnp.asarray(goals))
+        new_xy = cell_xy[new] + jax.random.uniform(goal_key, (2,), minval=-1, maxval=1)
+        new, new_xy = jnp.where(reached, new, goal), jnp.where(reached, new_xy, goal_xy)
+        return (xy, velocity, new, new_xy), row
+
     rng = np.random.default_rng(seed)
     starts = rng.choice(np.flatnonzero(~wall), episodes)
-    if navigate:
-        first_goals = rng.choice(goals, episodes)
-    else:
-        first_goals = np.array([rng.choice(np.flatnonzero(length[s] == 4)) for s in starts])
-    noise = jnp.asarray(rng.uniform(-1, 1, (2, episodes, 2)))
+    near = [goals if navigate else np.flatnonzero(length[cell] == 4) for cell in starts]
+    first = np.array([rng.choice(cells) for cells in near])
+    noise = rng.uniform(-1, 1, (2, episodes, 2))
     velocity = 0.1 * rng.standard_normal((episodes, 2))  # the reset's: stored, without any effect
-
-    def episode(key, xy, velocity, goal_cell, goal_xy):
-        def step(carry, key):
-            xy, velocity, goal_cell, goal_xy = carry
-            noise_key, cell_key, goal_key = jax.random.split(key, 3)
-            i, j = env.xy_to_ij(xy)
-            way = cell_xy[jnp.asarray(next_cell)[i * wall.shape[1] + j, goal_cell]] - xy
-            way = way / (jnp.linalg.norm(way) + 1e-6)
-            action = jnp.clip(way + 0.5 * jax.random.normal(noise_key, (2,)), -1, 1)
-            row = (xy, action, velocity, goal_xy)
-            xy, velocity = env.move(xy, action)
-            if navigate:
-                reached = jnp.linalg.norm(xy - goal_xy) <= env.goal_tol
-                new_cell = jax.random.choice(cell_key, jnp.asarray(goals))
-                new_xy = cell_xy[new_cell] + jax.random.uniform(goal_key, (2,), minval=-1, maxval=1)
-                goal_cell = jnp.where(reached, new_cell, goal_cell)
-                goal_xy = jnp.where(reached, new_xy, goal_xy)
-            return (xy, velocity, goal_cell, goal_xy), row
-
-        carry = (xy, velocity, goal_cell, goal_xy)
-        return jax.lax.scan(step, carry, jax.random.split(key, steps))[1]
-
+    begin = (cell_xy[starts] + noise[0], jnp.asarray(velocity), first, cell_xy[first] + noise[1])
+    episode = lambda begin, key: jax.lax.scan(step, begin, jax.random.split(key, steps))[1]
     keys = jax.random.split(jax.random.key(seed), episodes)
-    start_xy, goal_xy = cell_xy[starts] + noise[0], cell_xy[first_goals] + noise[1]
-    rows = jax.jit(jax.vmap(episode))(keys, start_xy, jnp.asarray(velocity), first_goals, goal_xy)
-    xy, actions, velocity, goals = (np.asarray(a, np.float32).reshape(-1, 2) for a in rows)
-    terminals = np.tile(np.arange(steps) == steps - 1, episodes)
-    data = dict(observations=xy, actions=actions, terminals=terminals, qpos=xy, qvel=velocity)
-    return data | (dict(goals=goals) if with_goals else {})
+    rows = jax.device_get(jax.jit(jax.vmap(episode))(begin, keys))
+    data = {k: np.asarray(v, np.float32).reshape(-1, 2) for k, v in rows.items()}
+    return data | dict(terminals=np.tile(np.arange(steps) == steps - 1, episodes))
 
 
 # ==== end shared: point mazes ====
 
 
-# ==== shared: vector environments ====
+# ==== shared: environments and evaluation ====
 def reset_envs(env, key, num_envs):
     """Start `num_envs` copies of a functional environment -> (states, steps taken)."""
     states = jax.vmap(env.initial)(jax.random.split(key, num_envs))
@@ -1436,67 +1198,27 @@ def observe(env, env_state):
 
 
 def step_envs(env, env_state, actions, key):
-    """Step all copies and restart those that ended.
-
-    Returns the new states and, per copy: reward, terminated (no bootstrap), truncated (time limit,
-    bootstrap), success, and next_obs, the observation before any restart.
-    """
+    """Step all copies and restart those that ended -> (new states, dict of each copy's reward,
+    success, terminated (no bootstrap), truncated (time limit, bootstrap) and next_obs, the
+    observation before any restart)."""
     states, t = env_state
-    keys, reset_keys = jax.random.split(key, (2, t.shape[0]))
-    next_states = jax.vmap(env.transition)(states, actions, keys)
-    reward = jax.vmap(lambda s, a, n: env.reward(s, a, n, None))(states, actions, next_states)
-    terminated = jax.vmap(lambda s: env.terminal(s, None))(next_states)
-    truncated = (t + 1 >= env.max_episode_steps) & ~terminated
-    done = terminated | truncated
-    success = jax.vmap(env.success)(next_states) if hasattr(env, "success") else jnp.zeros(t.shape)
-    out = dict(
-        reward=reward.astype(jnp.float32),
-        terminated=terminated,
-        truncated=truncated,
-        success=success.astype(jnp.float32),
-        next_obs=observe(env, (next_states, t)),
-    )
+    keys, reset_keys = jax.random.split(key, (2, len(t)))
 
-    def restart(new, old):
-        return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old)
+    def step(state, action, key):
+        new = env.transition(state, action, key)
+        success = env.success(new) if hasattr(env, "success") else 0
+        out = dict(success=jnp.float32(success), terminated=env.terminal(new, None))
+        out |= dict(reward=jnp.float32(env.reward(state, action, new, None)))
+        return new, out | dict(next_obs=env.observation(new, None))
 
+    states, out = jax.vmap(step)(states, actions, keys)
+    out["truncated"] = (t + 1 >= env.max_episode_steps) & ~out["terminated"]
+    done = out["terminated"] | out["truncated"]
     fresh, _ = jax.lax.cond(  # most steps end no episode
-        done.any(), lambda: reset_envs(env, reset_keys[0], t.shape[0]), lambda: (next_states, t)
+        done.any(), lambda: reset_envs(env, reset_keys[0], len(t)), lambda: (states, t)
     )
-    return (jax.tree.map(restart, fresh, next_states), jnp.where(done, 0, t + 1)), out
-
-
-def evaluate_jax(env, policy, key, num_episodes):
-    """Run `num_episodes` in parallel, in one program; all start together.
-
-    `policy(obs (D,), key) -> (H * A,)` gives the actions of the next H steps, which are taken
-    without looking. Returns arrays (num_episodes,): success at the last step, return, length.
-    """
-    start_key, env_key, policy_key = jax.random.split(key, 3)
-
-    def decide(loop):
-        env_state, _, result = loop
-        t = result["length"].max()
-        keys = jax.random.split(jax.random.fold_in(policy_key, t), num_episodes)
-        chunks = jax.vmap(policy)(observe(env, env_state), keys)
-        chunks = chunks.reshape(num_episodes, -1, *env.action_space.shape).swapaxes(0, 1)
-        return jax.lax.scan(episode_step, loop, chunks)[0]
-
-    def episode_step(loop, actions):
-        env_state, alive, result = loop
-        t = result["length"].max()
-        env_state, out = step_envs(env, env_state, actions, jax.random.fold_in(env_key, t))
-        result = {
-            "success": jnp.where(alive, out["success"], result["success"]),
-            "return": result["return"] + alive * out["reward"],
-            "length": result["length"] + alive,
-        }
-        return (env_state, alive & ~out["terminated"] & ~out["truncated"], result), None
-
-    zeros = jnp.zeros(num_episodes)
-    result = {"success": zeros, "return": zeros, "length": jnp.zeros(num_episodes, jnp.int32)}
-    start = (reset_envs(env, start_key, num_episodes), jnp.ones(num_episodes, bool), result)
-    return jax.lax.while_loop(lambda loop: loop[1].any(), decide, start)[2]
+    states = jax.tree.map(functools.partial(jax.vmap(jnp.where), done), fresh, states)
+    return (states, jnp.where(done, 0, t + 1)), out
 
 
 class SeededReset(gymnasium.Wrapper):
@@ -1511,159 +1233,228 @@ class SeededReset(gymnasium.Wrapper):
 
 
 def make_host_env(task, success_timing):
-    """The official environment (or a task file's); in a worker process Ctrl-C is left to the main
-    process."""
+    """The official environment, or a task file's."""
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's spaces set off warnings
-    if multiprocessing.parent_process() is not None:
+    if multiprocessing.parent_process() is not None:  # Ctrl-C is left to the main process
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     if task.source:  # loaded here again: a worker cannot import what the main process loaded
         path, name, dataset_dir = task.source
         return SeededReset(ask(load_file(path).make_task(name, dataset_dir)["make_env"]))
-    import ogbench  # noqa: F401  registers the environments
-
     options = dict(success_timing=success_timing) if task.dataset else {}
-    return SeededReset(gymnasium.make(task.gym_id, **options))
+    return SeededReset(gymnasium.make(f"ogbench:{task.gym_id}", **options))  # imports ogbench first
 
 
 def make_host_envs(task, args, num_envs, autoreset):
     """`num_envs` official environments in processes of their own."""
     make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
-    return gymnasium.vector.AsyncVectorEnv(
-        [make] * num_envs,
-        autoreset_mode=autoreset,
-        context="forkserver",  # forking a process that runs JAX's threads can deadlock
-    )
+    options = dict(autoreset_mode=autoreset, context="forkserver")  # fork deadlocks JAX's threads
+    return gymnasium.vector.AsyncVectorEnv([make] * num_envs, **options)
 
 
-def evaluate_host(envs, act, seeds, step, num_episodes):
-    """Run `num_episodes` per seed on official environments, one after another in each slot.
+def evaluate_jax(env, episodes, policy, state, step):
+    """Episodes of one seed, all at once in one program -> {success (at the last step), return,
+    length: (episodes,)}. The H actions that the policy gives are taken without looking."""
+    start_key, env_key, policy_key = jax.random.split(purpose_key(state.seed, "eval", step), 3)
 
-    `act(obs (S, slots, D), episode (S, slots), t (S, slots)) -> actions (S, slots, A)`. An episode
-    depends on (seed, step, its number) alone, so the result does not depend on how many slots
-    there are. Returns arrays (S, num_episodes): success at the last step, return, length.
-    """
-    num_slots = envs.num_envs // len(seeds)
-    shape = (len(seeds), num_slots)
-    episode = np.tile(np.arange(num_slots), (len(seeds), 1))
-    next_episode = np.full(len(seeds), num_slots)
-    t, total = np.zeros(shape, np.int32), np.zeros(shape)
-    result = {k: np.zeros((len(seeds), num_episodes)) for k in ("success", "return", "length")}
-    remaining = len(seeds) * num_episodes
+    def take(loop, actions):
+        env_state, alive, result = loop
+        key = jax.random.fold_in(env_key, result["length"].max())
+        env_state, out = step_envs(env, env_state, actions, key)
+        ended = out["terminated"] | out["truncated"]
+        gain = {"success": ended * out["success"], "return": out["reward"], "length": 1}
+        result = {k: v + alive * gain[k] for k, v in result.items()}
+        return (env_state, alive & ~ended, result), None
 
-    def episode_seeds():
-        ids = [(seeds[s], step, episode[s, k]) for s in range(shape[0]) for k in range(shape[1])]
-        return [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
+    def chunk(loop):
+        key = jax.random.fold_in(policy_key, loop[2]["length"].max())
+        one = functools.partial(policy, state)
+        actions = jax.vmap(one)(observe(env, loop[0]), jax.random.split(key, episodes))
+        actions = actions.reshape(episodes, -1, *env.action_space.shape).swapaxes(0, 1)
+        return jax.lax.scan(take, loop, actions)[0]
 
-    obs, _ = envs.reset(seed=episode_seeds())
-    while remaining:
-        actions = np.asarray(act(obs.reshape(*shape, -1), episode, t))
-        obs, reward, terminated, truncated, info = envs.step(actions.reshape(envs.num_envs, -1))
-        t += 1
-        total += reward.reshape(shape)
-        done = (terminated | truncated).reshape(shape)
-        for s, k in zip(*np.nonzero(done), strict=True):
-            if episode[s, k] < num_episodes:
-                success = np.asarray(info["success"]).reshape(shape) if "success" in info else t * 0
-                outcome = {"success": success[s, k], "return": total[s, k], "length": t[s, k]}
-                for name, value in outcome.items():
-                    result[name][s, episode[s, k]] = value
-                remaining -= 1
-            episode[s, k] = next_episode[s]
-            next_episode[s] += 1
-        if done.any() and remaining:
+    zeros = jnp.zeros(episodes)
+    result = {"success": zeros, "return": zeros, "length": zeros.astype(int)}
+    start = (reset_envs(env, start_key, episodes), zeros == 0, result)
+    return jax.lax.while_loop(lambda loop: loop[1].any(), chunk, start)[2]
+
+
+def evaluate_host(make_envs, episodes, seeds, act, state, step):
+    """Episodes of S seeds on official environments, one after another in each slot -> as above,
+    (S, episodes). Episode n is a function of (seed, step, n), however many slots there are.
+    `act(state, obs (S, slots, D), n (S, slots), t (S, slots), step) -> (S, slots, H * A)`."""
+    envs = make_envs()
+    shape = (len(seeds), envs.num_envs // len(seeds))
+    n = np.tile(np.arange(shape[1]), (shape[0], 1))  # the episode in each slot
+    t, total, done = np.zeros(shape, np.int32), np.zeros(shape), np.ones(shape, bool)
+    result, chunks, horizon = np.zeros((3, shape[0], episodes)), 0.0, 1
+    while n.min() < episodes:
+        if done.any():
             t[done], total[done] = 0, 0.0
-            obs, _ = envs.reset(seed=episode_seeds(), options={"reset_mask": done.reshape(-1)})
-    return result
+            ids = [(seeds[s], step, n[s, k]) for s, k in np.ndindex(shape)]
+            fresh = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
+            obs, _ = envs.reset(seed=fresh, options={"reset_mask": done.reshape(-1)})
+        due = t % horizon == 0  # the slots' episodes are out of phase
+        if due.any():
+            new = np.asarray(act(state, obs.astype(np.float32).reshape(*shape, -1), n, t, step))
+            new = new.reshape(*shape, -1, *envs.single_action_space.shape)
+            chunks, horizon = np.where(due[..., None, None], new, chunks), new.shape[2]
+        actions = np.take_along_axis(chunks, (t % horizon)[..., None, None], axis=2)
+        obs, reward, *ends, info = envs.step(actions.reshape(envs.num_envs, -1))
+        t, total, done = t + 1, total + reward.reshape(shape), np.any(ends, axis=0).reshape(shape)
+        success = np.reshape(info.get("success", 0 * reward), shape)
+        for s, k in np.argwhere(done):
+            if n[s, k] < episodes:
+                result[:, s, n[s, k]] = success[s, k], total[s, k], t[s, k]
+            n[s, k] = n[s].max() + 1
+    return dict(zip(("success", "return", "length"), result, strict=True))
 
 
-# ==== end shared: vector environments ====
+def metric_names(task, policies):
+    """An evaluation's metrics by mode of acting; score and success where there are such."""
+    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
+    return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
+
+
+def summary(results):
+    """Mean over seeds and episodes, with the deviation over seeds where there are several."""
+    means = {name: values.mean(axis=1) for name, values in results.items()}
+    spread = lambda mean: f" ± {mean.std():.2f}" if len(mean) > 1 else ""
+    return "  ".join(f"{name} {mean.mean():.2f}{spread(mean)}" for name, mean in means.items())
+
+
+def make_evaluate(task, env, policies, args):
+    """Function (state of all seeds, step, every) -> {metric: (num_seeds, episodes)} of one
+    evaluation; of the first mode alone unless `every` or --eval-all-modes. `policies` maps a mode,
+    in which its metrics' names end, to `policy(state, obs (D,), key) -> (H * A,)`, the actions of
+    the next H steps. `env` is the JAX environment or None (official)."""
+    seeds, episodes = [args.seed + i for i in range(args.num_seeds)], args.eval_episodes
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = len(seeds) * max(1, min(episodes, cores // len(seeds)))
+    keep = gymnasium.vector.AutoresetMode.DISABLED  # an ended episode waits to be reset
+    envs = functools.cache(lambda: make_host_envs(task, args, count, keep))  # at the first call
+
+    def one_mode(policy):
+        def act(state, obs, n, t, step):
+            return policy(state, obs, purpose_key(state.seed, "eval", step, n, t))
+
+        if env is not None and args.env_backend != "mjx":  # MJX: evaluated officially
+            run = functools.partial(evaluate_jax, env, episodes, policy)
+            return jax.jit(jax.vmap(run, (0, None)))
+        act = jax.jit(jax.vmap(jax.vmap(act, (None, 0, 0, 0, None)), (0, 0, 0, 0, None)))
+        return functools.partial(evaluate_host, envs, episodes, seeds, act)
+
+    modes = {mode: one_mode(policy) for mode, policy in policies.items()}
+
+    def evaluate(state, step, every=True):
+        results, every = {}, every or getattr(args, "eval_all_modes", False)
+        for mode in list(modes)[: None if every else 1]:
+            result = jax.device_get(modes[mode](state, step))
+            if score := task.parts.get("score"):
+                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
+            results |= {k: result[k.partition("_")[0]] for k in metric_names(task, [mode])}
+        return results
+
+    return evaluate
+
+
+def record(run_dir):
+    """--video: call benchmark/see.py, where the script has it beside it."""
+    tool = Path(__file__).resolve().parent.parent / "benchmark" / "see.py"
+    command = [str(tool), str(run_dir), "--script", __file__]
+    if not tool.is_file():
+        raise UserError(f"--video needs benchmark/see.py of the CleanFlow repository: copy that "
+                        f"file and run: python {shlex.join(['see.py', *command[1:]])}")  # fmt: skip
+    if subprocess.run([sys.executable, *command]).returncode:
+        raise UserError("recording failed; see the message above")
+
+
+def evaluate_only(args, task):
+    """--evaluate: rebuild a run's networks, evaluate its last checkpoint as it did; a table."""
+    if args.video:
+        record(args.evaluate)
+    tree, facts = load_checkpoint(args.evaluate)
+    env = make_jax_env(task, args)
+    spaces = env or make_host_env(task, args.success_timing)
+    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
+    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
+    state = restore(state, tree["state"], args.evaluate)
+    policies = evaluation_policies(make_networks(args, act_dim), args)
+    results = make_evaluate(task, env, policies, args)(state, facts["step"])
+    print(f"{task.name}, step {facts['step']:,}, {args.eval_episodes} episodes per seed")
+    for names in (metric_names(task, [mode]) for mode in policies):
+        width = max(map(len, names)) + 3
+        print("  seed" + "".join(f"{name:>{width}}" for name in names))
+        for i in range(args.num_seeds):
+            means = (results[name][i].mean() for name in names)
+            print(f"{args.seed + i:>6}" + "".join(f"{mean:>{width}.2f}" for mean in means))
+    print(f"   all  {summary(results)}")
+    return results
+
+
+# ==== end shared: environments and evaluation ====
 
 
 # ==== shared: data ====
 AUTO_COLLECT = 200_000  # transitions collected when a download fails
 ACTION_LIMIT = 1 - 1e-5  # dataset actions are kept just inside the box
+RANKS = dict(terminals=1, observations=2, actions=2, next_observations=2, rewards=1, masks=1)
 
 
 def load_dataset(task, args):
-    """Transitions of a task -> (dict of arrays, source).
+    """Transitions of a task -> (dict of float32 arrays, source).
 
     Keys: observations, next_observations (N, D), actions (N, A), rewards, masks (0 after success),
     terminals (1 at an episode's last row), each (N,). From --dataset, from the task file, or from
     `dataset_dir`: an official or a collected file, else a download, else data collected here.
     """
     if args.dataset:
-        raw, source = read_file(Path(args.dataset).expanduser()), f"own ({Path(args.dataset).name})"
-        if "rewards" not in raw and not task.dataset:
-            raise UserError(f"{args.dataset}: no 'rewards' in it")
+        path = Path(args.dataset).expanduser()
+        data, source = read_file(path), f"own ({path.name})"
     elif "data" in task.parts:
-        raw, source = ask(task.parts["data"])
-    elif task.dataset:
-        raw, source = ogbench_file(task, Path(args.dataset_dir).expanduser())
+        data, source = ask(task.parts["data"])
     else:
-        raise UserError(f"{task.name} comes without data: give --dataset FILE.npz")
-    data = transitions(raw) if "next_observations" not in raw else dict(raw)
-    maze = task.base.removeprefix("pointmaze-")
-    if task.base != maze and maze in MAZES:
-        env = PointMaze(maze, task.index)
-    else:
-        env = task.parts.get("env") or make_host_env(task, args.success_timing)
-    if "rewards" not in raw:
-        relabel(task, env, data)
-    data = {k: np.asarray(v, np.float32) for k, v in data.items()}
-    boxed = np.isfinite(env.action_space.high).all()
-    check_transitions(data, args.dataset or source, boxed)
-    sizes = env.observation_space.shape[0], env.action_space.shape[0]
-    if sizes != (data["observations"].shape[1], data["actions"].shape[1]):
-        raise UserError(
-            f"the dataset belongs to another environment: {task.name} has observations and actions "
-            f"of {sizes[0]} and {sizes[1]} entries; put the right {task.dataset}.npz in place"
-        )
+        need(task.dataset, f"{task.name} comes without data: give --dataset FILE.npz")
+        data, source = ogbench_data(task, Path(args.dataset_dir).expanduser())
+    what = f"mend or replace {args.dataset or f'the data of {task.name} ({source})'}"
+    env = make_jax_env(task, dataclasses.replace(args, env_backend="auto"))
+    env = env or ask(make_host_env, task, args.success_timing)
+    if "rewards" not in data:
+        relabel(task, env, data, what)
+    check(data, what, *RANKS)
+    obs, actions = env.observation_space.shape, env.action_space.shape
+    found = [np.shape(data[k])[1:] for k in ("observations", "next_observations", "actions")]
+    text = f"it belongs to another environment, {task.name} has shapes {obs} and {actions}"
+    need(found == [obs, obs, actions], f"{what}: {text}")
+    inside = np.isinf(env.action_space.high).any() or np.abs(data["actions"]).max() <= 1 + 1e-5
+    need(inside, f"{what}: it has actions outside [-1, 1]")
+    longest = np.diff(np.flatnonzero(data["terminals"]), prepend=-1).max(initial=0)
+    for flag in ("n-step", "horizon", "horizon-length"):
+        enough = longest >= (getattr(args, flag.replace("-", "_"), None) or 1)
+        need(enough, f"{what}: its longest episode has {longest} rows, too few for --{flag}")
     if hasattr(env, "close"):
         env.close()
-    return data, source
+    return {k: np.asarray(data[k], np.float32) for k in RANKS}, source
 
 
-def ogbench_file(task, directory):
-    """Raw arrays of an OGBench dataset -> (dict, source)."""
-    official = directory / f"{task.dataset}.npz"
-    collected = directory / f"{task.dataset}.collected.npz"
+def ogbench_data(task, directory):
+    """Transitions of an OGBench dataset -> (dict, source)."""
+    official, other = (directory / f"{task.dataset}{kind}.npz" for kind in ("", ".collected"))
     maze = task.base.removeprefix("pointmaze-")
-    if not official.exists() and not collected.exists():
+    if not official.exists() and not other.exists():
         if task.base != maze and maze in MAZES:  # quicker than any download
             kind = task.dataset.removeprefix(f"{task.base}-").removesuffix("-v0")
-            data = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
-            return data, f"collected ({AUTO_COLLECT:,} transitions, in this script)"
-        if not download(task.dataset, directory):
-            collect(task.dataset, directory)
+            raw = collect_pointmaze(maze, AUTO_COLLECT, dataset_type=kind)
+            source = f"collected ({AUTO_COLLECT:,} transitions, in this script)"
+            return transitions(raw, task.name), source
+        if not download(official):
+            collect(official)
     if official.exists():
         return read_file(official), "official"
-    return read_file(collected), f"collected ({collected.name})"
-
-
-def transitions(raw):
-    """Rows with their successors; an episode's last row has none and is dropped."""
-    keep = np.flatnonzero(~raw["terminals"].astype(bool))
-    data = {k: v[keep] for k, v in raw.items() if len(v) == len(raw["terminals"])}
-    data["next_observations"] = raw["observations"][keep + 1]
-    data["terminals"] = raw["terminals"][keep + 1]
-    return data
-
-
-def relabel(task, env, data):
-    """Rewards and masks of the task, from the simulator's positions, as OGBench computes them."""
-    if isinstance(env, PointMaze):  # the same, without its simulator
-        distance = np.linalg.norm(data["qpos"] - env.goal_xy, axis=-1)
-        data["masks"] = (distance > env.goal_tol).astype(np.float32)
-        data["rewards"] = -data["masks"]
-    else:
-        from ogbench.relabel_utils import relabel_dataset
-
-        relabel_dataset(task.gym_id, env, data)
+    return read_file(other), f"collected ({other.name})"
 
 
 def read_file(path):
-    """Read and check a dataset, FILE.npz or FILE.hdf5: observations (N, D), actions (N, A),
-    terminals (N,) in OGBench's layout, or transitions, with rewards, masks, next_observations."""
+    """Transitions of a dataset, FILE.npz or FILE.hdf5."""
     try:
         if path.suffix in (".hdf5", ".h5"):
             import h5py
@@ -1673,84 +1464,103 @@ def read_file(path):
         else:
             with np.load(path) as file:
                 raw = {k: file[k] for k in file.files if k != "metadata"}
-    except ImportError as e:
-        raise UserError(f"reading {path} needs h5py: pip install h5py") from e
     except Exception as e:
-        raise UserError(f"cannot read {path} ({e}); delete it and start again") from e
-
-    def bad(what):
-        raise UserError(f"{path}: {what}; delete the file and download or collect it again")
-
-    if "next_observations" in raw and "masks" not in raw and "terminals" in raw:  # D4RL's names
-        raw["masks"] = 1.0 - raw["terminals"].astype(np.float32)
-        raw["terminals"] = np.maximum(raw["terminals"], raw.get("timeouts", 0)).astype(np.float32)
-        raw["terminals"][-1:] = 1
-    needed = [("terminals", 1), ("observations", 2), ("actions", 2)]
-    needed += [("qpos", 2)] * ("rewards" not in raw) + [("rewards", 1)] * ("rewards" in raw)
-    for key, _ in needed:
-        if key not in raw:
-            bad(f"no '{key}' in it")
-    for key, ndim in needed:
-        if raw[key].ndim != ndim or len(raw[key]) != len(raw["terminals"]) or len(raw[key]) < 2:
-            bad(f"'{key}' has shape {raw[key].shape}")
-        if (
-            raw[key].dtype.kind not in ("f" if ndim == 2 else "fb")
-            or not np.isfinite(raw[key]).all()
-        ):
-            bad(f"'{key}' is not floating point, or holds NaN or infinity")
-    if not raw["terminals"][-1]:
-        bad("the last row does not end an episode, so the file looks cut short")
-    if raw["terminals"].all():
-        bad("every row ends an episode")
-    return raw
+        raise UserError(f"cannot read {path}: {e}; pip install what lacks, or replace it") from e
+    return transitions(raw, f"mend or replace {path}")
 
 
-def check_transitions(data, source, boxed):
-    """Refuse what would train into nonsense: shapes, NaN, magnitudes."""
-    keys = ("observations", "actions", "rewards", "masks", "terminals", "next_observations")
-    rows = len(data.get("observations", ()))
+def transitions(raw, what):
+    """Check and complete what a file holds: transitions, D4RL's names for them, or OGBench's rows,
+    of which an episode's last one has no successor and is dropped."""
+    check(raw, what, "terminals", "observations", "actions", *(RANKS.keys() & raw))
+    ends = raw["terminals"].astype(np.float32)
+    if "next_observations" in raw and "masks" not in raw:
+        raw = raw | dict(masks=1 - ends)
+        ends = np.append(np.maximum(ends, raw.get("timeouts", 0))[:-1], 1)
+    need(ends[-1], f"{what}: the last row does not end an episode, so it looks cut short")
+    need(not ends.all(), f"{what}: every row ends an episode")
+    if "next_observations" in raw:
+        return raw | dict(terminals=ends)
+    keep = np.flatnonzero(ends == 0)
+    data = {k: v[keep] for k, v in raw.items() if np.shape(v)[:1] == ends.shape}
+    return data | dict(terminals=ends[keep + 1], next_observations=raw["observations"][keep + 1])
+
+
+def check(data, what, *keys):
+    """Refuse what would train into nonsense: missing keys, wrong shapes, types, magnitudes."""
     for key in keys:
-        if key not in data or len(data[key]) != rows or rows < 2:
-            raise UserError(f"the data ({source}) hold no '{key}', or not one for each row")
-        if not (np.abs(data[key]) < 1e6).all():
-            raise UserError(f"the data ({source}): '{key}' holds NaN or numbers beyond a million")
-    if boxed and np.abs(data["actions"]).max() > 1 + 1e-5:
-        raise UserError(f"the data ({source}) hold actions outside [-1, 1]")
+        need(key in data, f"{what}: no '{key}' in it")
+        x, rank = np.asarray(data[key]), RANKS.get(key, 2)
+        right = x.ndim == rank and len(x) == len(data["terminals"]) > 1
+        need(right, f"{what}: '{key}' has shape {x.shape}")
+        right = x.dtype.kind in ("f" if rank == 2 else "fb") and np.isfinite(x).all()
+        need(right, f"{what}: '{key}' is not floating point, or holds NaN or infinity")
+        need(np.abs(x).max() < 1e6, f"{what}: '{key}' holds numbers beyond a million")
 
 
-def download(dataset, directory):
-    """Fetch an official dataset with OGBench's own downloader -> whether it worked."""
-    import ogbench
+def relabel(task, env, data, what):
+    """Add rewards and masks of the task, from the simulator's positions, as OGBench does."""
+    check(data, what, "qpos" if task.dataset else "rewards")
+    size = 2 if isinstance(env, PointMaze) else env.unwrapped.model.nq
+    need(data["qpos"].shape[1] == size, f"{what}: 'qpos' must have {size} numbers a row")
+    buttons = "button_states" in data or not task.base.startswith(("scene", "puzzle"))
+    need(buttons, f"{what}: no 'button_states' in it")
+    if isinstance(env, PointMaze):  # the same, without its simulator
+        distance = np.linalg.norm(data["qpos"] - env.goal_xy, axis=-1)
+        data["masks"] = (distance > env.goal_tol).astype(np.float32)
+        data["rewards"] = -data["masks"]
+    else:
+        from ogbench.relabel_utils import relabel_dataset
 
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)
+        ask(relabel_dataset, task.gym_id, env, data)
+
+
+def download(file):
+    """Fetch an official dataset -> whether it worked. The file appears when all of it is here."""
+    from ogbench.utils import DATASET_URL
+
+    part = file.with_suffix(".part")
     try:
-        ogbench.download_datasets([dataset], directory)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab") as out:
+            fcntl.flock(out, fcntl.LOCK_EX)  # another process may be at it: wait for it
+            if not file.exists():
+                out.truncate(0)
+                with urllib.request.urlopen(f"{DATASET_URL}/{file.name}", timeout=10) as answer:
+                    bar = tqdm.wrapattr(out, "write", total=answer.length, desc=file.name)
+                    with bar as watched:
+                        shutil.copyfileobj(answer, watched)
+                if answer.length:
+                    raise OSError("the connection was cut")
+                out.flush()
+                part.replace(file)
         return True
-    except OSError as e:  # urllib's errors are among them
-        print(f"download of {dataset} failed: {e}", flush=True)
+    except (OSError, http.client.HTTPException) as e:  # urllib's errors are among the first
+        print(f"download of {file.name} failed: {e}")
         return False
     finally:
-        socket.setdefaulttimeout(timeout)
+        part.unlink(missing_ok=True)
 
 
-def collect(dataset, directory):
-    """Collect a stand-in dataset with benchmark/collect.py, where the script has it beside it."""
-    tool = Path(__file__).resolve().parent.parent / "benchmark" / "collect.py"
-    if not tool.exists():
-        raise UserError(
-            f"no dataset {dataset} in {directory} and no download: put {dataset}.npz there, or "
-            f"make one with benchmark/collect.py of the CleanFlow repository"
-        )
+def collect(file):
+    """Collect a stand-in for an official dataset, where the script has benchmark/ beside it."""
+    where = f"no dataset {file.stem} in {file.parent} and no download"
+    tool = repository_file("collect.py", f"{where}: put {file.name} there, or make one with")
     print(
-        f"NOTICE: collecting {AUTO_COLLECT:,} transitions with {tool.name} instead (a small set, "
-        f"so that this run starts soon); results are labelled 'collected' and do not compare with "
-        f"published ones. For a full-size set: python {tool} {dataset}",
-        flush=True,
+        f"NOTICE: collecting {AUTO_COLLECT:,} transitions instead, a small set whose results are "
+        f"'collected' and no published ones. For the full size: python {tool} {file.stem}"
     )
-    command = [sys.executable, str(tool), dataset, "--num-transitions", str(AUTO_COLLECT)]
-    if subprocess.run([*command, "--dataset-dir", str(directory)]).returncode:
-        raise UserError(f"collecting {dataset} failed; see the message above")
+    command = [sys.executable, tool, file.stem, "--num-transitions", str(AUTO_COLLECT)]
+    failed = subprocess.run([*command, "--dataset-dir", file.parent]).returncode
+    need(not failed, f"collecting {file.stem} failed; see the message above")
+
+
+def device_rows(data):
+    """Put a dataset on the device, row by row."""
+    names = dict(obs="observations", next_obs="next_observations", actions="actions")
+    names |= {k: k for k in ("rewards", "masks", "terminals")}
+    rows = {k: jnp.asarray(data[name], jnp.float32) for k, name in names.items()}
+    return rows | dict(actions=jnp.clip(rows["actions"], -ACTION_LIMIT, ACTION_LIMIT))
 
 
 def observation_scale(data, args):
@@ -1764,98 +1574,70 @@ def observation_scale(data, args):
 
 
 # ==== shared: chunks ====
-def chunk_data(data):
-    """Put a dataset on the device, row by row, for windows of consecutive rows."""
-    names = dict(obs="observations", next_obs="next_observations", actions="actions")
-    names |= {k: k for k in ("rewards", "masks", "terminals")}
-    rows = {k: jnp.asarray(data[name], jnp.float32) for k, name in names.items()}
-    return rows | dict(actions=jnp.clip(rows["actions"], -ACTION_LIMIT, ACTION_LIMIT))
-
-
-def sample_chunks(
-    key, data, replay, batch_size, horizon, gamma, pool=None, added=None, limit=None, stride=1
-):
+def sample_chunks(key, data, replay, batch_size, horizon, gamma, pool=None, limit=None, stride=1):
     """Windows of `horizon` rows H, i.i.d. and uniform over all starts in dataset and ring.
 
     No window joins the two or crosses the ring's pointer. `pool`: size of the first-in first-out
-    pool in which dataset rows leave first (None: they stay). Of the ring only the `limit` newest
-    of the first `added` rows ever written count (None: all), and rows of one environment lie
-    `stride` apart. `data` or `replay` may be None.
+    pool in which dataset rows leave first (None: they stay). Of the ring the `limit` newest rows
+    count (None: all); rows of one environment lie `stride` apart. `data` or `replay` may be None.
 
     Returns obs (B, D), actions (B, H * A) in order of time, returns (B,) = sum gamma^k r_k,
     discounts (B,) = gamma^H min_k mask_k, next_obs behind the last row, and valid (B, H): 1 up to
     the first end of an episode and 0 behind it.
     """
-    num_data = 0 if data is None else data["rewards"].shape[0]
+    num_data = 0 if data is None else len(data["rewards"])
     num_online, dropped, steps = 0, 0, jnp.arange(horizon)
     if replay is not None:
-        ring, capacity = replay["rows"], replay["rows"]["rewards"].shape[0]
-        added = replay["added"] if added is None else added
-        num_online = jnp.minimum(added, capacity if limit is None else limit)
+        added, capacity = replay["added"], len(replay["rows"]["rewards"])
+        num_online = jnp.minimum(added, limit or capacity)
         if pool is not None:
             dropped = jnp.clip(num_data + added - max(pool, num_data + 1), 0, num_data)
-    num_offline_starts = jnp.maximum(num_data - dropped - (horizon - 1), 0)
-    num_online_starts = jnp.maximum(num_online - (horizon - 1) * stride, 0)
-    draw = jax.random.randint(key, (batch_size,), 0, num_offline_starts + num_online_starts)
+    old_starts = jnp.maximum(num_data - dropped - (horizon - 1), 0)
+    new_starts = jnp.maximum(num_online - (horizon - 1) * stride, 0)
+    draw = jax.random.randint(key, (batch_size,), 0, old_starts + new_starts)
 
     def windows(rows, index):  # index (B, H)
         inner = {k: rows[k][index] for k in ("actions", "rewards", "masks", "terminals")}
-        return dict(obs=rows["obs"][index[:, 0]], next_obs=rows["next_obs"][index[:, -1]], **inner)
+        return inner | dict(obs=rows["obs"][index[:, 0]], next_obs=rows["next_obs"][index[:, -1]])
 
     parts = []
     if data is not None:
         start = jnp.minimum(dropped + draw, num_data - horizon)
         parts.append(windows(data, start[:, None] + steps))
     if replay is not None:
-        start = added - num_online + draw - num_offline_starts  # counted from the first row ever
-        parts.append(windows(ring, (start[:, None] + steps * stride) % capacity))
-    offline = draw < num_offline_starts
-    pick = lambda *x: jnp.where(offline.reshape(-1, *[1] * (x[0].ndim - 1)), x[0], x[-1])
+        start = added - num_online + draw - old_starts  # counted from the first row ever
+        parts.append(windows(replay["rows"], (start[:, None] + steps * stride) % capacity))
+    old = draw < old_starts
+    pick = lambda *x: jnp.where(old.reshape(-1, *[1] * (x[0].ndim - 1)), x[0], x[-1])
     rows = jax.tree.map(pick, *parts)
-    ended = jnp.cumsum(rows["terminals"], axis=1) - rows["terminals"]  # before row k
-    return dict(
-        obs=rows["obs"],
-        actions=rows["actions"].reshape(batch_size, -1),
-        returns=(gamma**steps * rows["rewards"]).sum(axis=1),
-        discounts=gamma**horizon * rows["masks"].min(axis=1),
-        next_obs=rows["next_obs"],
-        valid=(ended == 0).astype(jnp.float32),
-    )
+    before = jnp.cumsum(rows["terminals"], axis=1) - rows["terminals"]  # ends before row k
+    batch = dict(obs=rows["obs"], actions=rows["actions"].reshape(batch_size, -1))
+    batch |= dict(returns=(gamma**steps * rows["rewards"]).sum(axis=1), next_obs=rows["next_obs"])
+    batch |= dict(discounts=gamma**horizon * rows["masks"].min(axis=1))
+    return batch | dict(valid=(before == 0).astype(jnp.float32))
 
 
 # ==== end shared: chunks ====
 
 
-def sample(key, replay, batch_size, gamma, limit):
-    """Batch of obs, actions, returns, discounts, next_obs, i.i.d. and uniform over the `limit`
-    newest rows of the ring."""
-    rows, added = replay["rows"], replay["added"]
-    count = jnp.minimum(added, limit)
-    draw = jax.random.randint(key, (batch_size,), 0, count)
-    index = (added - count + draw) % rows["rewards"].shape[0]
-    batch = {k: rows[k][index] for k in ("obs", "actions", "next_obs")}
-    return batch | dict(returns=rows["rewards"][index], discounts=gamma * rows["masks"][index])
-
-
 # ==== shared: replay ====
 def make_replay(capacity, obs_dim, act_dim):
     """Empty ring of online rows; `added` counts all rows ever written."""
-    shapes = dict(obs=(obs_dim,), next_obs=(obs_dim,), actions=(act_dim,))
-    shapes |= dict(rewards=(), masks=(), terminals=())
-    rows = {k: jnp.zeros((capacity, *shape)) for k, shape in shapes.items()}
+    sizes = dict(obs=obs_dim, next_obs=obs_dim, actions=act_dim)
+    rows = {k: jnp.zeros((capacity, size)) for k, size in sizes.items()}
+    rows |= {k: jnp.zeros(capacity) for k in ("rewards", "masks", "terminals")}
     return dict(rows=rows, added=jnp.zeros((), jnp.int32))
 
 
 def insert(replay, new_rows):
     """Write E rows (dict of (E, ...)) at the ring's pointer; the capacity is a multiple of E."""
-    num_rows = new_rows["rewards"].shape[0]
-    start = replay["added"] % replay["rows"]["rewards"].shape[0]
+    start = replay["added"] % len(replay["rows"]["rewards"])
 
     def write(ring, new):
         return jax.lax.dynamic_update_slice_in_dim(ring, new.astype(ring.dtype), start, axis=0)
 
     rows = jax.tree.map(write, replay["rows"], new_rows)
-    return dict(rows=rows, added=replay["added"] + num_rows)
+    return dict(rows=rows, added=replay["added"] + len(new_rows["rewards"]))
 
 
 # ==== end shared: replay ====
@@ -1875,16 +1657,14 @@ class Play(NamedTuple):
 
 
 def repeat(learn, n):
-    """n updates, one after another, as one function."""
+    """n updates as one function; the replay, which they only read, stays outside of the loop."""
 
-    def learn_block(carry, *inputs):
-        def body(_, part):  # without the replay, which they only read
-            after = learn(carry | part, *inputs)
-            return {k: after[k] for k in part}
+    def block(carry, *inputs):
+        pick = lambda carry: {k: carry[k] for k in ("state", "sums")}
+        body = lambda _, part: pick(learn(carry | part, *inputs))
+        return carry | jax.lax.fori_loop(0, n, body, pick(carry))
 
-        return carry | jax.lax.fori_loop(0, n, body, {k: carry[k] for k in ("state", "sums")})
-
-    return learn_block
+    return block
 
 
 def remember(carry, obs, actions, out, play):
@@ -1895,8 +1675,8 @@ def remember(carry, obs, actions, out, play):
     rows |= dict(masks=1.0 - out["terminated"], terminals=done)
     returns, sums, recent = carry["returns"] + out["reward"], carry["sums"], carry["recent"]
     if play.count:
-        ended = {"episodes": done, "success": done * out["success"], "return": done * returns}
-        sums = sums | {k: sums[k] + v.astype(jnp.float32).sum() for k, v in ended.items()}
+        ended = {"return": returns, "success": out["success"]}
+        sums = add_sums(sums, ended, done, "online")
         recent = jnp.concatenate([jnp.where(done, returns, jnp.nan), recent])
         recent = recent[jnp.argsort(jnp.isnan(recent))][: carry["recent"].size]  # newest first
     replay, returns = insert(carry["replay"], rows), jnp.where(done, 0.0, returns)
@@ -1907,21 +1687,17 @@ def interact(env, play):
     """(carry, *inputs) -> carry: one block on a JAX environment."""
 
     def env_step(_, carry):
-        state, envs, time = carry["state"], carry["envs"], carry["replay"]["added"]
-        obs, taken = observe(env, envs["state"]), envs["taken"]
-        chunks = envs["chunks"]
-        if play.horizon == 1:
-            chunks = play.act(state, obs, time)
-        else:  # open loop: a new chunk where the last one is used up
-            new = lambda: play.act(state, obs, time)
+        state, time, envs = carry["state"], carry["replay"]["added"], carry["envs"]
+        obs, chunks, taken = observe(env, envs["state"]), envs["chunks"], envs["taken"]
+        new = lambda: play.act(state, obs, time)
+        if play.horizon > 1:  # open loop: a new chunk where the last one is used up
             new = jax.lax.cond((taken == 0).any(), new, lambda: chunks)
-            chunks = jnp.where((taken == 0)[:, None, None], new, chunks)
-        actions = chunks[jnp.arange(len(taken)), taken]
-        key = purpose_key(state.seed, "env", time)
+        chunks = new() if play.horizon == 1 else jnp.where((taken == 0)[:, None, None], new, chunks)
+        actions, key = chunks[jnp.arange(len(taken)), taken], purpose_key(state.seed, "env", time)
         env_state, out = step_envs(env, envs["state"], actions, key)
         taken = (taken + 1) % play.horizon * ~(out["terminated"] | out["truncated"])
-        carry = remember(carry, obs, actions, out, play)
-        return carry | {"envs": dict(state=env_state, chunks=chunks, taken=taken)}
+        envs = dict(state=env_state, chunks=chunks, taken=taken)
+        return remember(carry, obs, actions, out, play) | {"envs": envs}
 
     def block(carry, *inputs):
         carry = jax.lax.fori_loop(0, play.steps, env_step, carry)
@@ -1937,75 +1713,73 @@ class HostLoop:
     before that step (`learn_first`); else the updates come after the block's last step.
     """
 
+    seconds = property(lambda self: self.learn.seconds)  # that compiling took
+
     def __init__(self, make_envs, play, args, inputs):
         self.make_envs, self.play, self.args = make_envs, play, args
-        self.act = jax.jit(jax.vmap(play.act))
-        self.learn = Program(play.learn or (lambda carry, *_: carry), *inputs)
-        keep = functools.partial(remember, play=play)
-        self.remember = jax.jit(jax.vmap(keep), donate_argnums=0)
+        self.learn = Program(play.learn, *inputs)
+        split = lambda x: x.reshape(args.num_seeds, args.num_envs, *x.shape[1:])
 
-    @property
-    def seconds(self):
-        return self.learn.seconds
+        def act(state, obs, added, i):  # at the i-th step of a block
+            chunks = jax.vmap(play.act)(state, split(obs), added + i * args.num_envs)
+            return jax.lax.collapse(chunks, 0, 2)
+
+        def keep(carry, step):
+            put = jax.vmap(functools.partial(remember, play=play))
+            return put(carry, *jax.tree.map(split, step)), None
+
+        self.act, keep_all = jax.jit(act), lambda carry, steps: jax.lax.scan(keep, carry, steps)[0]
+        self.keep = jax.jit(keep_all, donate_argnums=0)
 
     def restart(self, carry):
         """Begin new episodes whose seeds depend on the step alone, so that a run that goes on from
         a checkpoint equals one that was never interrupted."""
-        args, time = self.args, int(carry["replay"]["added"][0])
-        shape = (args.num_seeds, args.num_envs)
-        ids = [(args.seed + s, time, e) for s, e in np.ndindex(shape)]
+        args, replay, time = self.args, carry["replay"], int(carry["replay"]["added"][0])
+        ids = [(args.seed + s, time, e) for s, e in np.ndindex(args.num_seeds, args.num_envs)]
         seeds = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
-        self.envs = self.make_envs()
-        self.obs = self.envs.reset(seed=seeds)[0].astype(np.float32).reshape(*shape, -1)
-        self.taken, self.chunks = np.zeros(shape, int), 0.0
+        self.envs, self.chunks, self.taken = self.make_envs(), 0.0, np.zeros(len(ids), int)
+        self.obs, _ = self.envs.reset(seed=seeds)
         # what was under way ends here: no window may join it with what comes
-        rows, size = carry["replay"]["rows"], carry["replay"]["rows"]["terminals"].shape[1]
-        newest = (time - 1 - np.arange(args.num_envs)) % size
-        terminals = rows["terminals"].at[:, newest].set(1.0)  # before the first row: never read
-        replay = carry["replay"] | {"rows": rows | {"terminals": terminals}}
+        terminals = replay["rows"]["terminals"]
+        newest = (time - 1 - np.arange(args.num_envs)) % terminals.shape[1]
+        terminals = terminals.at[:, newest].set(1.0)  # before the first row: never read
+        replay = replay | {"rows": replay["rows"] | {"terminals": terminals}}
         return carry | {"replay": replay, "returns": jnp.zeros_like(carry["returns"])}
 
     def __call__(self, carry, n):
         play = self.play
-        for i in range(n * play.steps):
-            if (due := self.taken == 0).any():
-                new = self.act(carry["state"], self.obs, carry["replay"]["added"])
-                self.chunks = np.where(due[..., None, None], np.asarray(new), self.chunks)
-            taken = self.taken[..., None, None]
-            actions = np.take_along_axis(self.chunks, taken, axis=2)[:, :, 0]
-            self.envs.step_async(actions.reshape(self.envs.num_envs, -1))
-            if play.learn and play.learn_first and i % play.steps == 0:
-                carry = self.learn(carry, 1)  # returns before it is done
-            obs, out = self.obs, self.outcome()
+        for _ in range(n):
+            steps = []
+            for i in range(play.steps):
+                if (due := self.taken == 0).any():
+                    new = self.act(carry["state"], self.obs, carry["replay"]["added"], i)
+                    self.chunks = np.where(due[:, None, None], new, self.chunks)
+                actions = self.chunks[np.arange(len(due)), self.taken]
+                self.envs.step_async(actions)
+                if play.learn and play.learn_first and i == 0:
+                    carry = self.learn(carry, 1)  # returns before it is done
+                obs = self.obs
+                self.obs, reward, terminated, truncated, info = self.envs.step_wait()
+                ended, next_obs = terminated | truncated, self.obs.copy()
+                for e in np.flatnonzero(ended):  # there, self.obs already starts an episode
+                    next_obs[e] = info["final_obs"][e]
+                success = np.where(ended, info.get("final_info", {}).get("success", 0.0), 0.0)
+                self.taken = np.where(ended, 0, (self.taken + 1) % play.horizon)
+                out = dict(reward=reward, success=success.astype(float), next_obs=next_obs)
+                out |= dict(terminated=terminated, truncated=truncated)
+                steps.append((obs, actions, out))
             part = {k: carry[k] for k in ("replay", "returns", "sums", "recent")}
-            carry = carry | self.remember(part, obs, actions, out)
-            ended = out["terminated"] | out["truncated"]
-            self.taken = np.where(ended, 0, (self.taken + 1) % play.horizon)
-            if play.learn and not play.learn_first and (i + 1) % play.steps == 0:
+            carry = carry | self.keep(part, jax.tree.map(lambda *x: np.stack(x), *steps))
+            if play.learn and not play.learn_first:
                 carry = self.learn(carry, 1)
         return carry
-
-    def outcome(self):
-        """Wait for the simulators; what `step_envs` returns of a step, each (S, E, ...)."""
-        obs, reward, terminated, truncated, info = self.envs.step_wait()
-        obs = obs.astype(np.float32)
-        next_obs, success = obs.copy(), np.zeros(len(reward), np.float32)
-        for i in np.flatnonzero(terminated | truncated):  # there, obs already starts an episode
-            next_obs[i] = info["final_obs"][i]
-            if "success" in info["final_info"]:
-                success[i] = info["final_info"]["success"][i]
-        shape, self.obs = self.obs.shape, obs.reshape(self.obs.shape)
-        out = dict(reward=reward.astype(np.float32), success=success, next_obs=next_obs)
-        out |= dict(terminated=terminated, truncated=truncated & ~terminated)
-        return {k: v.reshape(*shape[:2], *v.shape[1:]) for k, v in out.items()}
 
 
 def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm_up_steps=0):
     """The online phase on JAX environments (`env`) or official ones (None); before it, if asked
     for, one without updates. `rows`: the replay's; `sizes`: of observation and action."""
-    num_envs, start = args.num_envs, args.offline_steps
+    num_envs, count, start = args.num_envs, args.num_seeds * args.num_envs, args.offline_steps
     same_step = gymnasium.vector.AutoresetMode.SAME_STEP
-    count = args.num_seeds * num_envs
     make_envs = functools.cache(lambda: make_host_envs(task, args, count, same_step))
 
     def begin(seed):
@@ -2019,151 +1793,41 @@ def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm
 
     def phase(name, start, end, play):
         host = HostLoop(make_envs, play, args, inputs) if env is None else None
+        loop, restart = host or Program(interact(env, play), *inputs), host and host.restart
 
         def enter(carry):
             if "replay" not in carry:
                 new = jax.jit(jax.vmap(begin))(carry["state"].seed)
                 carry = carry | place(new, args.num_seeds)
-            return host.restart(carry) if host else carry
+            return restart(carry) if restart else carry
 
-        advance = host or Program(interact(env, play), *inputs)
-        stride, restart = num_envs * play.steps, host.restart if host else None
-        return Phase(name, start, end, advance, enter, stride, restart)
+        return Phase(name, start, end, loop, enter, num_envs * play.steps, restart)
 
     middle, end = start + min(warm_up_steps, args.online_steps), start + args.online_steps
-    phases = [phase("warm-up", start, middle, warm_up)] if middle > start else []
-    return [*phases, *([phase("online", middle, end, play)] if end > middle else [])]
+    phases = [("warm-up", start, middle, warm_up), ("online", middle, end, play)]
+    return [phase(*parts) for parts in phases if parts[1] < parts[2]]
 
 
 # ==== end shared: online ====
-
-
-# ==== shared: evaluation ====
-def metric_names(task, policies):
-    """What one evaluation measures, by mode of acting: score and success where the task has them,
-    return, length."""
-    kinds = ["score"] * ("score" in task.parts) + ["success"] * task.success + ["return", "length"]
-    return [f"{kind}_{mode}".rstrip("_") for mode in policies for kind in kinds]
-
-
-def summary(results):
-    """Mean over seeds and episodes, with the deviation over seeds where there are several."""
-    parts = []
-    for name, values in results.items():
-        per_seed = values.mean(axis=1)
-        spread = f" ± {per_seed.std():.2f}" if len(per_seed) > 1 else ""
-        parts.append(f"{name} {per_seed.mean():.2f}{spread}")
-    return "  ".join(parts)
-
-
-def make_evaluate(task, env, policies, args):
-    """Function (state of all seeds, step) -> {metric: (num_seeds, episodes)} of one evaluation.
-
-    `policies` maps each mode to `policy(state, obs (D,), key) -> (H * A,)`, the actions of the next
-    H steps; a mode's metrics end in its name. `env` is the JAX environment or None (official).
-    """
-    seeds = [args.seed + i for i in range(args.num_seeds)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    slots = max(1, min(args.eval_episodes, (cores or 1) // args.num_seeds))
-    env = None if args.env_backend == "mjx" else env  # reported numbers are the official engine's
-
-    @functools.cache  # made at the first evaluation and kept
-    def host_envs():
-        disabled = gymnasium.vector.AutoresetMode.DISABLED
-        return make_host_envs(task, args, slots * args.num_seeds, disabled)
-
-    def run_jax(policy, state, step):
-        key = purpose_key(state.seed, "eval", step)
-        return evaluate_jax(env, functools.partial(policy, state), key, args.eval_episodes)
-
-    def decide(policy, state, obs, episode, t, step):  # one seed: obs (slots, D), episode (slots,)
-        def one(obs, episode, t):
-            return policy(state, obs, purpose_key(state.seed, "eval", step, episode, t))
-
-        return jax.vmap(one)(obs, episode, t)
-
-    def on_host(program, state, step):
-        envs, chunks = host_envs(), None
-
-        def act(obs, episode, t):  # open loop within a chunk; the slots' episodes are out of phase
-            nonlocal chunks
-            due = np.ones(t.shape, bool) if chunks is None else t % chunks.shape[2] == 0
-            if due.any():
-                new = np.asarray(program(state, obs.astype(np.float32), episode, t, step))
-                new = new.reshape(*t.shape, -1, *envs.single_action_space.shape)
-                chunks = np.where(due[..., None, None], new, new if chunks is None else chunks)
-            return np.take_along_axis(chunks, (t % chunks.shape[2])[..., None, None], axis=2)
-
-        return evaluate_host(envs, act, seeds, step, args.eval_episodes)
-
-    def one_mode(policy):
-        if env is not None:
-            return jax.jit(jax.vmap(functools.partial(run_jax, policy), in_axes=(0, None)))
-        axes = (0, 0, 0, 0, None)
-        program = jax.jit(jax.vmap(functools.partial(decide, policy), in_axes=axes))
-        return functools.partial(on_host, program)
-
-    modes = {mode: one_mode(policy) for mode, policy in policies.items()}
-
-    def evaluate(state, step):
-        measured = {}
-        for mode, run_episodes in modes.items():
-            result = jax.device_get(run_episodes(state, step))
-            if score := task.parts.get("score"):
-                result["score"] = np.vectorize(score, otypes=[float])(result["return"])
-            measured |= {f"{k}_{mode}".rstrip("_"): v for k, v in result.items()}
-        return {name: measured[name] for name in metric_names(task, policies)}
-
-    return evaluate
-
-
-def print_evaluation(task, args, policies, step, results):
-    """The table of --evaluate: one line per seed and mode."""
-    print(f"{task.name}, step {step:,}, {args.eval_episodes} episodes per seed")
-    names = metric_names(task, policies)
-    for mode in policies:
-        columns = [n for n in names if n.partition("_")[2] == mode]
-        width = max(10, *(len(n) + 2 for n in columns))
-        print(f"{'seed':>6}" + "".join(f"{name:>{width}}" for name in columns))
-        for i in range(args.num_seeds):
-            row = "".join(f"{results[name][i].mean():>{width}.2f}" for name in columns)
-            print(f"{args.seed + i:>6}{row}")
-    print(f"   all  {summary(results)}")
-
-
-def evaluate_only(args, task):
-    """--evaluate: rebuild the networks of a run and evaluate its last checkpoint as it did."""
-    tree, facts = load_checkpoint(args.evaluate)
-    env = make_jax_env(task, args)
-    spaces = env or make_host_env(task, args.success_timing)
-    obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
-    state = start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    state = restore(state, tree["state"], args.evaluate)
-    policies = evaluation_policies(make_networks(args, act_dim), args)
-    results = make_evaluate(task, env, policies, args)(state, facts["step"])
-    print_evaluation(task, args, policies, facts["step"], results)
-    return results
-
-
-# ==== end shared: evaluation ====
 
 
 # ==== shared: runs ====
 PURPOSES = ("init", "update", "act", "env", "eval")
 MAGIC = b"CLEANFLOW1"
 REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}
-FREE_ON_RESUME = ("offline_steps", "online_steps", "eval_interval", "eval_episodes")
-FREE_ON_RESUME += ("checkpoint_interval", "resume", "evaluate")
-# FREE_ALSO, a script's own, are free until its online phase has begun; with --evaluate env_backend
-# and EVALUATION_FLAGS, also its own, are
+REMEDY[errno.EAGAIN] = "it is in use by another process: wait for it to end"  # its lock
+# Free on --resume. FREE_ALSO, a script's own, and offline_steps are, until its online phase has
+# begun; env_backend and EVALUATION_FLAGS, also its own, are with --evaluate.
+FREE = ("online_steps", "eval_interval", "eval_episodes", "eval_all_modes", "checkpoint_interval")
+# What a checkpoint knows of its run, as it is at the start
+PROGRESS = dict(step=0, train_seconds=0, log_seconds=0, updates_per_s=0, csv_bytes=0, evals=())
+PROGRESS["diverged"] = {}  # seed (a string): before which step
 
 
 def purpose_key(seed, purpose, *numbers):
     """Random key of one purpose: a function of the seed and, say, the step, so none is stored."""
-    key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
-    for number in numbers:
-        key = jax.random.fold_in(key, number)
-    return key
+    numbers = (PURPOSES.index(purpose), *numbers)
+    return functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
 
 
 def place(tree, num_seeds, copy=False):
@@ -2177,434 +1841,319 @@ def place(tree, num_seeds, copy=False):
 
 
 class Program:
-    """`step(carry, *inputs)` n times for all seeds in one dispatch: program(carry, n) -> carry.
-
-    The inputs (dataset, settings) are arguments of the compiled code, shared by the seeds; the
-    carry is overwritten. Compiles at the first call and keeps the seconds that took.
-    """
+    """`step(carry, *inputs)` n times for all seeds in one dispatch: program(carry, n) -> carry,
+    whose memory is reused. Seeds share the inputs (dataset, settings). `seconds`: of compiling."""
 
     def __init__(self, step, *inputs):
         self.step, self.inputs, self.executable, self.seconds = step, inputs, None, 0.0
 
-    def compile(self, carry, n):
-        def repeat(carry, n, *inputs):
-            return jax.lax.fori_loop(0, n, lambda i, c: self.step(c, *inputs), carry)
-
-        def one_seed(carry, *inputs):  # an axis of one can cost XLA's CPU code twice the time
-            carry = repeat(jax.tree.map(lambda x: x[0], carry), *inputs)
-            return jax.tree.map(lambda x: x[None], carry)
-
-        start = time.perf_counter()
-        over_seeds = jax.vmap(repeat, in_axes=(0, *[None] * (len(self.inputs) + 1)))
-        over_seeds = one_seed if len(jax.tree.leaves(carry)[0]) == 1 else over_seeds
-        layout = jax.tree.map(lambda x: x.sharding, carry)  # stays as it is
-        program = jax.jit(over_seeds, donate_argnums=0, out_shardings=layout)
-        self.executable = program.lower(carry, n, *self.inputs).compile()
-        self.seconds = time.perf_counter() - start
-
     def __call__(self, carry, n):
         n = jnp.int32(n)
         if self.executable is None:
-            self.compile(carry, n)
+            start, layout = time.perf_counter(), jax.tree.map(lambda x: x.sharding, carry)
+            program = jax.jit(self.repeat, donate_argnums=0, out_shardings=layout)
+            self.executable = program.lower(carry, n, *self.inputs).compile()
+            self.seconds = time.perf_counter() - start
         return self.executable(carry, n, *self.inputs)
+
+    def repeat(self, carry, n, *inputs):
+        one_seed = lambda c: jax.lax.fori_loop(0, n, lambda _, c: self.step(c, *inputs), c)
+        if len(jax.tree.leaves(carry)[0]) > 1:
+            return jax.vmap(one_seed)(carry)
+        carry = one_seed(jax.tree.map(lambda x: x[0], carry))  # an axis of one can cost XLA's CPU
+        return jax.tree.map(lambda x: x[None], carry)  # code twice the time
+
+
+def add_sums(sums, metrics, weight=1, kind="train"):
+    """Add metrics to the sums since the last log, {kind/name: (of weight * metric, of weight)}."""
+    pair = lambda v: jnp.stack([jnp.sum(weight * v), jnp.sum(weight)])
+    new = {f"{kind}/{name}": pair(value) for name, value in metrics.items()}
+    return sums | {name: sums.get(name, 0.0) + value for name, value in new.items()}
 
 
 def zero_sums(learn, carry, *inputs):
     """Sums of metrics before the first update, for all seeds; `carry` is what `learn` needs."""
-    one = jax.tree.map(lambda x: x[0], carry)
-    seeds = len(carry["state"].seed)
-    shapes = jax.eval_shape(learn, one, *inputs)["sums"]
-    return place(jax.tree.map(lambda s: jnp.zeros((seeds, *s.shape), s.dtype), shapes), seeds)
+    one, seeds = jax.tree.map(lambda x: x[0], carry), len(carry["state"].seed)
+    names = jax.eval_shape(learn, one | {"sums": {}}, *inputs)["sums"]
+    names = [*names, "online/return", "online/success"]
+    return place({name: jnp.zeros((seeds, 2)) for name in names}, seeds)
 
 
-def add_sums(sums, metrics, updates=1):
-    """Add one update's metrics (None: start with them); fetched once per dispatch."""
-    if sums is None:
-        sums = {k: jnp.zeros(()) for k in ("count", "episodes", "return", "success")}
-        sums["train"] = {k: jnp.zeros(()) for k in metrics}
-    train = {k: v + updates * metrics.get(k, 0.0) for k, v in sums["train"].items()}
-    return sums | {"train": train, "count": sums["count"] + updates}
-
-
-def write_file(path, content, keep_previous=False):
-    """Write bytes so that a crash at any moment leaves the old file or the new one."""
+def write_file(path, content):
+    """Write bytes, or facts as JSON, so that a crash at any moment leaves the old file or the new
+    one; beside a checkpoint stays the one before."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            is_json = isinstance(content, dict)
+            file.write((json.dumps(content, indent=2) + "\n").encode() if is_json else content)
             file.flush()
             os.fsync(file.fileno())
-        if keep_previous and path.exists():
+        if not is_json and path.exists():
             os.replace(path, path.with_suffix(".previous"))
         os.replace(temporary, path)
-    except OSError as e:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
-            f"--resume {shlex.quote(str(path.parent))}"
-        ) from e
 
 
-def save_checkpoint(run_dir, carry, facts):
-    """Everything that training changes, with a checksum; the one before stays beside it."""
+def save_checkpoint(run_dir, carry, facts, name="checkpoint"):
+    """Everything that training changes, and facts of the run, with a checksum."""
     tree = flax.serialization.to_state_dict(jax.device_get(carry))
     body = flax.serialization.msgpack_serialize({"facts": json.dumps(facts), "carry": tree})
-    content = MAGIC + hashlib.sha256(body).digest() + body
-    write_file(run_dir / "checkpoint.msgpack", content, keep_previous=True)
+    write_file(run_dir / f"{name}.msgpack", MAGIC + hashlib.sha256(body).digest() + body)
 
 
-def load_checkpoint(run_dir):
+def load_checkpoint(run_dir, name="checkpoint"):
     """Newest intact checkpoint of a run -> (nested dict of arrays, facts)."""
-    newest = Path(run_dir) / "checkpoint.msgpack"
-    for path in (newest, newest.with_suffix(".previous")):
-        if not path.is_file():
-            continue
+    newest = Path(run_dir) / f"{name}.msgpack"
+    for path in filter(Path.is_file, (newest, newest.with_suffix(".previous"))):
         content = path.read_bytes()
         digest, body = content[len(MAGIC) :][:32], content[len(MAGIC) + 32 :]
         if content.startswith(MAGIC) and hashlib.sha256(body).digest() == digest:
             stored = flax.serialization.msgpack_restore(body)
             return stored["carry"], json.loads(stored["facts"])
         print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
-    raise UserError(
-        f"no intact checkpoint in {run_dir}; if it is a run stopped before its first, start anew"
-    )
+    raise UserError(f"no intact {newest.name} in {run_dir}; it got not so far, so start a new run")
 
 
 def restore(template, tree, run_dir):
-    """Put a loaded checkpoint into the structure, shapes and device layout of `template`.
+    """Put a loaded checkpoint into the structure and device layout of `template`. A replay's ring
+    may have become longer, for more online steps (it then has not wrapped yet), and stays as long
+    as it was for fewer."""
 
-    A replay's ring may have become longer, for more online steps (it then has not wrapped yet), and
-    it stays as long as it was for fewer.
-    """
+    def put(path, new, old):
+        if "['replay']['rows']" in (name := jax.tree_util.keystr(path)):
+            old = np.pad(old, {1: (0, max(0, new.shape[1] - old.shape[1]))})
+        elif (new.shape, new.dtype) != (old.shape, old.dtype):
+            raise ValueError(f"{name} is {old.dtype} {old.shape}, not {new.dtype} {new.shape}")
+        return jax.device_put(old, new.sharding)
 
-    def lengthen(ring, longer):
-        missing = max(0, longer.shape[1] - ring.shape[1])
-        return np.pad(ring, [(0, 0), (0, missing), *[(0, 0)] * (ring.ndim - 2)])
-
-    layout = jax.tree.map(lambda x: x.sharding, template)
     try:
-        if "replay" in tree and "replay" in template:
-            rows = jax.tree.map(lengthen, tree["replay"]["rows"], template["replay"]["rows"])
-            tree["replay"]["rows"] = rows
-            template = template | {"replay": template["replay"] | {"rows": rows}}
-        loaded = flax.serialization.from_state_dict(template, tree)
-        fits = jax.tree.map(
-            lambda a, b: a.shape == b.shape and a.dtype == b.dtype, template, loaded
-        )
-        if not all(jax.tree.leaves(fits)):
-            raise ValueError("shapes differ")
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-        raise UserError(f"the checkpoint in {run_dir} does not fit its args.json: {e}") from e
-    return jax.tree.map(jax.device_put, loaded, layout)
+        target = flax.serialization.to_state_dict(template)
+        tree = jax.tree_util.tree_map_with_path(put, target, tree)
+    except (ValueError, AttributeError) as e:
+        why = str(e).splitlines()[0][:200]
+        raise UserError(f"the checkpoint in {run_dir} does not fit the arguments: {why}") from e
+    return flax.serialization.from_state_dict(template, tree)
 
 
 def start_states(args, obs_dim, act_dim, mean, std):
     """Fresh states of all seeds on the device(s)."""
     seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
-    init = jax.vmap(lambda s, m, d: init_state(args, obs_dim, act_dim, m, d, s), (0, None, None))
-    return place(jax.jit(init)(seeds, mean, std), args.num_seeds)
+    init = jax.vmap(functools.partial(init_state, args, obs_dim, act_dim), (None, None, 0))
+    return place(jax.jit(init)(mean, std, seeds), args.num_seeds)
 
 
 def resume(carry, phases, args):
-    """--resume: (the carry of the run's last checkpoint, its step); else the one given and 0."""
-    if not args.resume:
-        return carry, 0
-    tree, facts = load_checkpoint(args.resume)
+    """--resume, --start-from: (the carry of that run's last checkpoint, or of the one at the end of
+    its offline phase, the checkpoint's facts); else the carry given, none."""
+    run_dir, name = (args.resume, "checkpoint") if args.resume else (args.start_from, "offline")
+    if not run_dir:
+        return carry, {}
+    tree, facts = load_checkpoint(run_dir, name)
     step, end = facts["step"], phases[-1].end
-    if step > end or (step == end and (Path(args.resume) / "result.json").exists()):
-        raise UserError(
-            f"{args.resume} is complete at step {step:,}: give more steps or --evaluate"
-        )
+    over = not args.resume or (Path(run_dir) / "result.json").exists()
+    if step > end or (step == end and over):
+        raise UserError(f"{run_dir} is complete at step {step:,}: add steps or use --evaluate")
     phase = next(p for p in phases if step <= p.end)  # in which the checkpoint was made
-    carry = restore(phase.enter(carry), tree, args.resume)
-    return (phase.restart(carry) if phase.restart else carry), step
+    carry = restore(phase.enter(carry), tree, run_dir)
+    return (phase.restart(carry) if phase.restart else carry), facts
 
 
 def read_args(run_dir, argv, default):
     """Arguments of an earlier run, plus the flags given now; refuses what may not change."""
     path = Path(run_dir) / "args.json"
-    if not path.is_file():
-        raise UserError(f"{run_dir} is not a run directory: it has no args.json")
+    if not run_dir or not path.is_file():
+        raise UserError(f"'{run_dir}' is not a run directory: it has no args.json")
     try:
         stored = json.loads(path.read_text())
-        known = {f.name: stored["args"][f.name] for f in dataclasses.fields(default)}
-        algo = stored["algo"]
+        algo, known = stored["algo"], {name: stored["args"][name] for name in vars(default)}
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged or of another version ({e}); start a new run") from e
     if algo != ALGO:
         raise UserError(f"{run_dir} is a run of {algo}.py; use that script")
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-    before = dataclasses.replace(default, **known)
-    args = tyro.cli(type(default), args=argv, default=before)
-    for name, new in vars(args).items():
-        old = getattr(before, name)
-        free = name in FREE_ON_RESUME and not (name == "offline_steps" and before.online_steps)
-        free = free or (name in FREE_ALSO and not before.online_steps)
-        free = free or (args.evaluate and name in ("env_backend", *EVALUATION_FLAGS))
-        if old != new and not free:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} was {old} in {run_dir} and cannot change; start a new run")
+    known |= dict(resume=None, evaluate=None)
+    args = tyro.cli(type(default), args=argv, default=type(default)(**known))
+    free = {"resume", "evaluate", *FREE}
+    free |= set() if known.get("online_steps") else {"offline_steps", *FREE_ALSO}
+    free |= {"env_backend", "video", *EVALUATION_FLAGS} if args.evaluate else set()
+    if args.start_from and not (args.resume or args.evaluate):  # networks' sizes: see `restore`
+        free = known.keys() - {"offline_steps", "seed", "num_seeds"}
+    for name, old in known.items():
+        if getattr(args, name) != old and name not in free:
+            name = f"--{name.replace('_', '-')}"
+            raise UserError(f"{name} was {old!r} in {run_dir} and cannot change; start a new run")
     return args
 
 
 class Run:
-    """A run directory: args.json, metrics.csv, TensorBoard events, checkpoint, result.json; and
-    what the training loop asks between dispatches."""
+    """A run directory (args.json, metrics.csv, TensorBoard events, checkpoint, result.json), and
+    what the training loop does between dispatches."""
 
-    def __init__(self, args, task, source, data, policies, step=0):
-        self.args, self.task, self.step, self.saved = args, task, step, step
+    dir = None  # of the run that this process works on; `command_line` names it
+
+    def __init__(self, args, task, source, data, policies, progress):
+        vars(self).update(PROGRESS | progress)
+        self.args, self.task, self.saved, self.signal = args, task, self.step, None
         self.seeds = [args.seed + i for i in range(args.num_seeds)]
-        self.evals, self.csv, self.columns, self.wandb = [], None, None, None
+        self.left = [i for i, s in enumerate(self.seeds) if str(s) not in self.diverged]
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
-        self.train_seconds, self.updates_per_s, self.stop = 0.0, 0.0, StopSignal()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.stop)
         packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "ogbench", "mujoco")
-        commit, git = "", ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        if shutil.which("git"):
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        git = shutil.which("git") and subprocess.run(git, capture_output=True, text=True).stdout
         checksum = None  # of data from a file, which may be another one when the run is resumed
         if data is not None and "in this script" not in source:
-            names = ("observations", "actions", "rewards")
-            checksum = functools.reduce(
-                lambda crc, k: zlib.crc32(np.ascontiguousarray(data[k]), crc), names, 0
-            )
+            for name in ("observations", "actions", "rewards"):
+                checksum = zlib.crc32(np.ascontiguousarray(data[name]), checksum or 0)
         self.facts = dict(
             algo=ALGO, task=task.name, dataset_source=source, dataset_crc32=checksum,
-            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}", commit=commit or None,
-            versions={p: importlib.metadata.version(p) for p in packages},
-            args=dataclasses.asdict(args),
+            device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            commit=(git or "").strip() or None,
+            versions={p: importlib.metadata.version(p) for p in packages}, args=vars(args),
         )  # fmt: skip
-        self.resume() if args.resume else self.create()
-        self.write_json("args.json", self.facts)
-        self.header(data)
-
-    def create(self):
-        args, stamp = self.args, time.strftime("%Y%m%d-%H%M%S")
-        name = self.task.name.removesuffix("-v0").replace("/", "-")
-        self.dir = Path(args.out_dir) / f"{name}__{ALGO}__{args.seed}__{stamp}"
-        try:
-            while self.dir.exists():
-                self.dir = self.dir.with_name(self.dir.name + "x")
-            self.dir.mkdir(parents=True)
-        except (OSError, ValueError) as e:
-            reason = getattr(e, "strerror", None) or e
-            raise UserError(f"cannot create {self.dir}: {reason}; choose --out-dir") from e
-        self.lock()
-
-    def resume(self):
-        """Keep what args.json says of the start; drop the metrics after the checkpoint."""
-        self.dir = Path(self.args.resume)
-        self.lock()
-        before = json.loads((self.dir / "args.json").read_text())
-        if before.get("dataset_crc32") != self.facts["dataset_crc32"]:
-            raise UserError(
-                f"{self.dir} was started on other data ({before.get('dataset_source')}): put that "
-                f"file back, or start a new run"
-            )
-        now = {k: self.facts[k] for k in ("commit", "device", "versions")} | {"step": self.step}
-        resumes = [*before.get("resumes", []), now]
-        self.facts = before | {"args": self.facts["args"], "resumes": resumes}
-        self.cut_metrics()
-
-    def lock(self):
-        """Two processes must not write one run."""
-        self.lock_file = open(self.dir / ".lock", "w")
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise UserError(f"{self.dir} is in use by another process; wait for it to end") from e
-
-    def write_json(self, name, content):
-        write_file(self.dir / name, (json.dumps(content, indent=2) + "\n").encode())
-
-    def cut_metrics(self):
-        """On resume, drop the rows after the checkpoint: they will be written again."""
-        path = self.dir / "metrics.csv"
-        if not path.is_file() or not path.stat().st_size:
-            return
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [r for r in reader if None not in r.values() and int(r["step"]) <= self.step]
-            self.columns = reader.fieldnames
-        lines = [self.columns, *[r.values() for r in rows]]
-        write_file(path, "".join(",".join(line) + "\n" for line in lines).encode())
-        headline = f"eval/{self.metrics[0]}"
-        evals = [float(r[headline]) for r in rows if r[headline]]
-        self.evals = np.reshape(evals, (-1, len(self.seeds))).tolist()
-        self.train_seconds = float(rows[-1]["time/train_seconds"]) if rows else 0.0
-
-    def header(self, data):
-        """Show what is about to run: the data, the machine and the resolved arguments."""
-        facts, args = self.facts, self.facts["args"]
-        print(f"{ALGO} on {facts['task']}, {facts['device']}, run directory {self.dir}")
+        self.open()
+        print(f"{ALGO} on {task.name}, {self.facts['device']}, run directory {self.dir}")
         if data is not None:
             rows, episodes = len(data["rewards"]), int(data["terminals"].sum())
-            print(
-                f"dataset: {facts['dataset_source']}, {rows:,} transitions, {episodes:,} episodes, "
-                f"{(data['masks'] == 0).mean():.2%} of the rows at the goal"
-            )
-        fields = "  ".join(f"{k}={v}" for k, v in args.items() if v is not None)
+            goal = f"{(data['masks'] == 0).mean():.2%} of the rows at the goal"
+            print(f"dataset: {source}, {rows:,} transitions, {episodes:,} episodes, {goal}")
+        fields = "  ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None)
         print(textwrap.fill(fields, 100, initial_indent="  ", subsequent_indent="  "), flush=True)
 
-    def begin(self, phase):
-        """A phase starts, or goes on after a resume."""
-        self.phase, self.quiet = phase, not sys.stderr.isatty()
-        self.bar = tqdm(
-            total=phase.end, initial=self.step, desc=phase.name, unit="step", disable=self.quiet
-        )
-        self.rate, self.log_seconds = 8.0, 0.0
-        self.compiled, self.said, self.before = (
-            phase.advance.seconds,
-            time.perf_counter(),
-            self.step,
-        )
+    def open(self):
+        """Make the directory, or go on in that of --resume: args.json keeps what it says of the
+        start, metrics.csv what was there at the checkpoint."""
+        args, now, path = self.args, self.facts, Path(self.args.resume or self.args.out_dir)
+        if not args.resume:
+            name = f"{self.task.name.removesuffix('-v0').replace('/', '-')}__{ALGO}__{args.seed}"
+            path /= f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
+            while path.exists():
+                path = path.with_name(path.name + "x")
+            path.mkdir(parents=True)
+        Run.dir, self.lock_file = path, open(path / ".lock", "w")
+        fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process writes a run
+        if args.resume:
+            before = json.loads((path / "args.json").read_text())
+            was = before.get("dataset_source")
+            if before.get("dataset_crc32") != now["dataset_crc32"]:
+                raise UserError(f"{path} was started on other data ({was}): put it back")
+            new = {k: now[k] for k in ("commit", "device", "versions")} | {"step": self.step}
+            self.facts = before | dict(args=now["args"], resumes=[*before.get("resumes", []), new])
+        write_file(path / "args.json", self.facts)
+        self.csv = open(path / "metrics.csv", "a", newline="")
+        size = min(self.csv.tell(), self.csv_bytes)  # less where the file was emptied
+        self.csv.seek(self.csv.truncate(size))
 
-    def iterations(self):
-        """How many the next dispatch makes: about a second's, up to the next thing that is due."""
-        target = min([self.phase.end] + [(self.step // m + 1) * m for m in self.intervals()])
-        return max(1, min(-(-(target - self.step) // self.phase.stride), int(self.rate)))
+        from tensorboard.summary import Writer
 
-    def intervals(self):
-        return self.args.log_interval, self.args.eval_interval, self.args.checkpoint_interval
+        self.writers, self.wandb = [Writer(str(path / f"tb_seed{s}")) for s in self.seeds], None
+        if args.wandb_project:
+            import wandb
 
-    def note(self, n, sums, seconds):
-        """A dispatch of n iterations is done: time, bar or line; stop if the training diverged."""
-        phase = self.phase
-        compiling, self.compiled = phase.advance.seconds - self.compiled, phase.advance.seconds
-        if compiling:
+            names = dict(project=args.wandb_project, id=path.name)
+            self.wandb = wandb.init(**names, config=self.facts, resume="allow")
+
+    def stop(self, number, frame):
+        """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        print("\nstopping soon; once more to stop at once", file=sys.stderr, flush=True)
+
+    def dispatch(self, carry):
+        """Iterations of about a second, up to the next thing that is due -> (carry, whether to log,
+        to evaluate, to save). A seed that diverged is named and left out; without any, stops."""
+        phase, args, before = self.phase, self.args, self.step
+        due = (args.log_interval, args.eval_interval, args.checkpoint_interval)
+        due = [min(phase.end, (before // interval + 1) * interval) for interval in due]
+        n = max(1, min(-(-(min(due) - before) // phase.stride), int(self.rate)))
+        start, compiled = time.perf_counter(), phase.advance.seconds
+        carry = phase.advance(carry, n)
+        sums = jax.device_get(carry["sums"])
+        if compiling := phase.advance.seconds - compiled:
             tqdm.write(f"{phase.name}: compiled in {compiling:.1f} s")
-        seconds -= compiling
-        self.before, self.step, self.rate = self.step, self.step + n * phase.stride, n / seconds
-        self.train_seconds, self.log_seconds = (
-            self.train_seconds + seconds,
-            self.log_seconds + seconds,
-        )
-        self.bar.update(self.step - self.before)
-        if self.quiet and time.perf_counter() - self.said > 10:  # no terminal: lines, not a bar
+        seconds = time.perf_counter() - start - compiling
+        self.step, self.rate = before + n * phase.stride, n / seconds
+        self.train_seconds += seconds
+        self.log_seconds += seconds
+        self.bar.update(self.step - before)
+        if self.bar.disable and time.perf_counter() - self.said > 10:  # no terminal: lines
             self.said, speed = time.perf_counter(), self.rate * phase.stride
             eta = (phase.end - self.step) / speed
             print(f"{phase.name} {self.step:,}/{phase.end:,}  {speed:,.1f}/s  ETA {eta:,.0f} s")
-        broken = [k for k, v in sums["train"].items() if not np.isfinite(v).all()]
-        if broken:
-            rates = [k for k in vars(self.args) if k.endswith(("_lr", "learning_rate"))]
+        for i in list(self.left):
+            broken = [k for k, v in sums.items() if "train/" in k and not np.isfinite(v[i]).all()]
+            if broken:
+                what = f"diverged before step {self.step:,}: {', '.join(broken)} not finite"
+                self.diverged = self.diverged | {str(self.seeds[i]): self.step}
+                self.left.remove(i)
+                if self.left:
+                    tqdm.write(f"seed {self.seeds[i]} {what}; the others go on")
+        if not self.left:
+            rates = [k.replace("_", "-") for k in vars(args) if k.endswith(("_lr", "ing_rate"))]
             raise UserError(
-                f"training diverged before step {self.step:,}: {', '.join(broken)} not finite; "
-                f"step {self.saved:,} is the last good one in {self.dir}; try a lower "
-                + " or ".join("--" + rate.replace("_", "-") for rate in rates)
+                f"training {what}; step {self.saved:,} is the last good one in {self.dir}; "
+                f"try a lower --{' or --'.join(rates)}"
             )
+        return carry, *(self.step >= step for step in due)
 
-    def due(self):
-        """Whether to log, to evaluate, to save."""
-        over = self.step >= self.phase.end
-        return [over or self.step // m > self.before // m for m in self.intervals()]
-
-    def averages(self, sums, carry):
-        """Metrics since the last log, one value per seed; what nothing is known of is NaN."""
-        count, episodes = np.asarray(sums["count"]), np.asarray(sums["episodes"])
+    def log(self, carry, results):
+        """A CSV row and TensorBoard point per seed: means since the last log, and the evaluation's
+        `results`, if there are. What nothing is known of is NaN here, and left out."""
         mean = lambda total, n: np.where(n > 0, total / np.maximum(n, 1), np.nan)
-        self.updates_per_s = float(count.flat[0] / self.log_seconds)
-        values = {f"train/{k}": mean(v, count) for k, v in sums["train"].items()}
-        values |= {f"online/{k}": mean(sums[k], episodes) for k in ("return", "success")}
-        if "recent" in carry:  # the last episodes' returns, as many as there were
-            recent = np.asarray(carry["recent"])
-            values["charts/episodic_return"] = mean(
-                np.nansum(recent, axis=1), (~np.isnan(recent)).sum(axis=1)
-            )
-        values["time/updates_per_s"] = self.updates_per_s
-        values["time/train_seconds"] = self.train_seconds
-        values["time/compile_s"], self.log_seconds = self.phase.advance.seconds, 0.0
-        return values | {f"eval/{k}": np.nan for k in self.metrics}
-
-    def note_evaluation(self, results):
-        self.evals.append(results[self.metrics[0]].mean(axis=1).tolist())
-        tqdm.write(f"{self.phase.name} step {self.step:>9,}  {summary(results)}")
-        return {f"eval/{k}": v.mean(axis=1) for k, v in results.items()}
-
-    def log(self, values):
-        """One CSV row and TensorBoard point per seed; values are (num_seeds,) or scalars."""
-        try:
-            if self.csv is None:
-                self.open_logs(values)
-            table = csv.DictWriter(self.csv, self.columns, extrasaction="ignore")
-            if self.csv.tell() == 0:
-                table.writeheader()
-            for i, seed in enumerate(self.seeds):
-                row = {k: float(np.broadcast_to(v, len(self.seeds))[i]) for k, v in values.items()}
-                row = {k: v for k, v in row.items() if not np.isnan(v)}  # nothing to report yet
-                table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
-                for name, value in row.items():
-                    self.writers[i].add_scalar(name, value, self.step)
-                if self.wandb:
-                    self.wandb.log({f"{k}/seed{seed}": v for k, v in row.items()}, self.step)
-            self.csv.flush()
-        except OSError as e:
-            raise UserError(
-                f"cannot write metrics: {e.strerror}; {REMEDY.get(e.errno, 'mend that')}, then "
-                f"--resume {self.quoted}"
-            ) from e
-
-    def open_logs(self, values):
-        from tensorboard.summary import Writer
-
-        names = ["step", "phase", "seed", *values]  # online runs know of more, later
-        names += [] if "charts/episodic_return" in values else ["charts/episodic_return"]
-        self.columns = self.columns or names
-        self.csv = open(self.dir / "metrics.csv", "a", newline="")
-        self.writers = [Writer(str(self.dir / f"tb_seed{s}")) for s in self.seeds]
-        if project := self.args.wandb_project:
-            import wandb
-
-            name = self.dir.name
-            self.wandb = wandb.init(project=project, id=name, config=self.facts, resume="allow")
-
-    @property
-    def quoted(self):
-        return shlex.quote(str(self.dir))
+        sums, seeds = jax.device_get(carry["sums"]), len(self.seeds)
+        values = {name: mean(*pairs.T) for name, pairs in sums.items()}
+        returns = np.asarray(carry.get("recent", np.full((seeds, 1), np.nan)))
+        values["charts/episodic_return"] = mean(np.nansum(returns, 1), (~np.isnan(returns)).sum(1))
+        updates = max(pairs[0, 1] for name, pairs in sums.items() if "train/" in name)
+        self.updates_per_s, self.log_seconds = float(updates / self.log_seconds), 0.0
+        values |= {f"time/{k}": getattr(self, k) for k in ("updates_per_s", "train_seconds")}
+        values["time/compile_s"] = self.phase.advance.seconds
+        measured = {k: v.mean(1) for k, v in (results or {}).items()}
+        values |= {f"eval/{k}": measured.get(k, np.nan) for k in self.metrics}
+        if results:
+            self.evals = [*self.evals, values[f"eval/{self.metrics[0]}"].tolist()]
+            left = summary({k: v[self.left] for k, v in results.items()})
+            tqdm.write(f"{self.phase.name} step {self.step:>9,}  {left}")
+        table = csv.DictWriter(self.csv, ["step", "phase", "seed", *values])
+        if self.csv.tell() == 0:
+            table.writeheader()
+        for i, seed in enumerate(self.seeds):
+            row = {k: float(np.broadcast_to(v, seeds)[i]) for k, v in values.items()}
+            row = {k: v for k, v in row.items() if i in self.left and not np.isnan(v)}
+            table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
+            for name, value in row.items():
+                self.writers[i].add_scalar(name, value, self.step)
+            if self.wandb:
+                self.wandb.log({f"{k}/seed{seed}": v for k, v in row.items()}, self.step)
+        self.csv.flush()
+        return carry | {"sums": place(jax.tree.map(np.zeros_like, sums), seeds)}
 
     def save(self, carry):
-        save_checkpoint(self.dir, carry, dict(step=self.step))
-        self.saved = self.step
-
-    def leave(self):
-        """Ctrl-C or a signal: all is saved."""
-        self.bar.close()
-        print(f"stopped; --resume {self.quoted} continues at {self.saved:,}", file=sys.stderr)
-        raise SystemExit(128 + self.stop.number)
-
-    def end_phase(self, nets, state):
-        self.bar.close()
-        if draw := self.task.parts.get("after_phase"):
-            script = sys.modules[__name__]
-            ask(draw, self.dir, self.phase.name, script, nets, self.args, state)
+        self.saved, self.csv_bytes = self.step, self.csv.tell()
+        facts = {k: getattr(self, k) for k in PROGRESS}
+        if self.step == self.args.offline_steps and self.args.start_from is not None:
+            save_checkpoint(self.dir, carry, facts, "offline")  # stays, for --start-from
+        save_checkpoint(self.dir, carry, facts)
 
     def finish(self, results):
         """Write result.json and print the same figures as the last line."""
-        last_three = float(np.mean(self.evals[-3:]))
-        facts = {k: self.facts[k] for k in ("dataset_source", "device", "commit")}
+        left, source = self.left, self.facts["dataset_source"]
+        last_three = float(np.array(self.evals[-3:])[:, left].mean())
+        results = {k: v[left] for k, v in results.items()}
         result = {f"eval/{k}": float(v.mean()) for k, v in results.items()}
-        result |= {f"eval/{self.metrics[0]}_last_three": last_three, "steps": self.step, **facts}
+        result |= {f"eval/{self.metrics[0]}_last_three": last_three, "steps": self.step}
+        result |= {k: self.facts[k] for k in ("dataset_source", "device", "commit")}
         result |= {"train_seconds": self.train_seconds, "updates_per_s": self.updates_per_s}
-        result |= {"seeds": self.seeds, "episodes": {k: v.tolist() for k, v in results.items()}}
-        self.write_json("result.json", result)
-        print(
-            f"done: {summary(results)}  last three evaluations {last_three:.2f}  "
-            f"steps {self.step:,}  train_seconds {self.train_seconds:.0f}  updates_per_s "
-            f"{self.updates_per_s:.1f}  dataset {facts['dataset_source']}  in {self.dir}"
-        )
-
-
-class StopSignal:
-    """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
-
-    def __init__(self):
-        self.number = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self)
-
-    def __call__(self, number, frame):
-        if self.number is not None:
-            os._exit(128 + number)
-        self.number = number
-        print("\nstopping soon; once more to stop at once", file=sys.stderr, flush=True)
+        result |= {"seeds": [self.seeds[i] for i in left], "diverged": self.diverged}
+        result |= {"episodes": {k: v.tolist() for k, v in results.items()}}
+        write_file(self.dir / "result.json", result)
+        speed = f"train_seconds {self.train_seconds:.0f}  updates_per_s {self.updates_per_s:.1f}"
+        print(f"done: {summary(results)}  last three evaluations {last_three:.2f}  steps "
+              f"{self.step:,}  {speed}  dataset {source}  in {self.dir}")  # fmt: skip
 
 
 class Phase(NamedTuple):
@@ -2622,22 +2171,19 @@ class Phase(NamedTuple):
 def check_numbers(args, unbounded=(), zero=()):
     """Counts are at least 1 (steps, seed and those in `zero`: 0), other numbers at least 0, gamma
     and tau at most 1."""
+    zero, last = ("seed", "offline_steps", "online_steps", *zero), 2**31 - args.num_seeds
     for name, value in vars(args).items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or name in unbounded:
-            continue
-        may_be_0 = ("seed", "offline_steps", "online_steps", *zero)
-        low = 0 if isinstance(value, float) or name in may_be_0 else 1
-        high = {"gamma": 1, "tau": 1, "seed": 2**31 - 1}.get(name, np.inf)
-        if not low <= value <= high:
-            bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
-            raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
-    if args.seed + args.num_seeds > 2**31:
-        raise UserError("--seed plus --num-seeds must stay below 2^31")
+        if type(value) in (int, float) and name not in unbounded:
+            low = int(type(value) is int and name not in zero)
+            high = {"gamma": 1, "tau": 1, "seed": last}.get(name, np.inf)
+            if not low <= value <= high:
+                bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
+                raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
 
 
 def fill(args, **values):
-    """Set those of `values` that no flag has set."""
-    unset = {k: v for k, v in values.items() if getattr(args, k) is None}
+    """Set those of `values` that this script has flags for and no flag has set."""
+    unset = {k: v for k, v in values.items() if getattr(args, k, v) is None}
     return dataclasses.replace(args, **unset)
 
 
@@ -2648,40 +2194,42 @@ def task_table(task, defaults):
     return defaults | TASK_DEFAULTS[family] | own.get("", {}) | own.get(ALGO, {})
 
 
-def own_flags(table):
-    """The part of a table that this script has flags for."""
-    return {k: v for k, v in table.items() if k in Args.__dataclass_fields__}
-
-
 def command_line(main, args_type, argv=None):
     """Parse the flags, call `main(args)`; what the user can mend is one sentence, exit code 2."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress too
+    Run.dir = None
     try:
         args = tyro.cli(args_type, args=argv)
-        if "" in (args.resume, args.evaluate):
-            raise UserError("--resume and --evaluate need the directory of a run, but got ''")
-        if args.resume or args.evaluate:
-            args = read_args(args.resume or args.evaluate, argv, args_type())
+        if args.video and not args.evaluate:
+            raise UserError("--video goes with --evaluate RUN_DIR")
+        for run_dir in (args.start_from or None, args.resume, args.evaluate):
+            args = args if run_dir is None else read_args(run_dir, argv, args_type())
         main(args)
+        return 0
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        error, code = e, 2
+    except OSError as e:
+        then = REMEDY.get(e.errno, "mend that") + f", then --resume {shlex.quote(str(Run.dir))}"
+        then = then if Run.dir else "mend that, or choose --out-dir"
+        error, code = f"cannot use {e.filename or Run.dir}: {e.strerror or e}; {then}", 2
     except (jax.errors.JaxRuntimeError, MemoryError) as e:
         if not any(word in str(e) for word in ("RESOURCE_EXHAUSTED", "ut of memory")):
             raise
-        print(f"error: out of memory; fewer --num-seeds, smaller networks, --batch-size or "
-              f"--buffer-size ({str(e).splitlines()[0][:150]})", file=sys.stderr)  # fmt: skip
-        return 2
+        rows = "--batch-size, --buffer-size" if hasattr(args, "buffer_size") else "--batch-size"
+        reason = str(e).splitlines()[0][:150]
+        error, code = f"out of memory; lower --num-seeds, {rows} or network sizes ({reason})", 2
     except KeyboardInterrupt:
-        print("\ninterrupted before training began; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+        error, code = "interrupted before training began; nothing was written", 130
+    print(f"error: {error}", file=sys.stderr)
+    return code
 
 
 # ==== end shared: runs ====
 
 
 # ---- this script's tasks and flags ----
+from fractions import Fraction
+
 from gymnasium.envs.phys2d.pendulum import PendulumFunctional
 
 
@@ -2698,67 +2246,91 @@ class Pendulum(PendulumFunctional):
 JAX_ENVS = {"phys2d/Pendulum-v0": Pendulum}  # built-in environments beside the point mazes
 FREE_ALSO = ()  # flags that may still change when a run without online phase is resumed
 EVALUATION_FLAGS = ()  # flags that may change with --evaluate
-ONLY_OFFLINE_TO_ONLINE = ("offline_steps", "horizon_length", "normalize_obs", "sparse", "beta")
-ONLY_OFFLINE_TO_ONLINE += ("beta_online", "bc_space", "offline_schedule", "bc_fraction")
+ONLY_FROM_DATA = ("dataset", "offline_steps", "horizon_length", "normalize_obs", "beta")
+ONLY_FROM_DATA += ("beta_online", "bc_space", "offline_schedule", "bc_fraction")
 
 
 def resolve(args, task):
     """Fill what no flag set from the tables; refuse what is out of range or contradictory."""
-    with_data = bool(task.dataset or args.dataset or "data" in task.parts)
-    mode = "offline-to-online" if with_data else "online"
-    if args.mode not in (None, mode):
-        kind = "data" if with_data else "no data (--dataset FILE.npz gives it some)"
-        raise UserError(f"{task.name} has {kind}: use --mode {mode}, or another --env-id")
-    for name in ONLY_OFFLINE_TO_ONLINE if mode == "online" else ("critic",):
-        if getattr(args, name) not in (None, PAPER["online"].get(name)):
+    has_data = bool(task.dataset or args.dataset or "data" in task.parts)
+    mode = args.mode or ("offline-to-online" if has_data else "online")
+    from_data = mode == "offline-to-online"
+    if from_data and not has_data:
+        raise UserError(f"{task.name} has no data: give --dataset FILE.npz, or use --mode online")
+    for name in () if from_data else ONLY_FROM_DATA:
+        if getattr(args, name) not in (None, PAPER[mode].get(name)):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} has no meaning with --mode {mode}; leave it out")
-    if mode == "offline-to-online" and args.policy == "gaussian":
-        raise UserError(
-            "--policy gaussian exists with --mode online alone; use flow-g, flow-t, mlp"
-        )
 
-    defaults, table = PAPER[mode], task_table(task, PAPER[mode])
-    if mode == "online":
-        gaussian = (args.policy or table["policy"]) == "gaussian"
-        args = fill(args, critic="plain" if gaussian else "brn")
-        table = task_table(task, defaults | (PLAIN if args.critic == "plain" else {}))
-        table |= {k: defaults.get(k) for k in ONLY_OFFLINE_TO_ONLINE}
+    table = task_table(task, PAPER[mode])
+    args = fill(args, mode=mode, policy=table["policy"])
+    gaussian, drift = args.policy == "gaussian", args.drift_correction
+    args = fill(args, critic="plain" if gaussian else table["critic"])
+    if not from_data:
+        table = task_table(task, PAPER[mode] | (PLAIN if args.critic == "plain" else {}))
+        table |= {k: PAPER[mode].get(k) for k in ONLY_FROM_DATA}
     elif args.beta is None and "beta" not in table:
         table["beta"] = 100.0
         print(f"beta for {task.base} is not published: {table['beta']:g}; see --beta")
-    if args.autotune and not args.ent_coef and mode == "offline-to-online":
-        table["ent_coef"] = 0.2
-    if args.drift_correction:
-        table |= dict(sigma=0.10, sigma_inference=0.10)
-    args = fill(args, mode=mode, **own_flags(table))
-    args = fill(args, sigma=0.05, ent_coef=0.0, beta_online=args.beta)
-    args = fill(args, sigma_inference=0.02 if with_data else args.sigma)
+    args = fill(args, **table)
+    sigma, ent_coef = 0.10 if drift else 0.05, 0.2 if args.autotune else 0.0
+    args = fill(args, sigma=sigma, ent_coef=ent_coef, beta_online=args.beta)
+    args = fill(args, sigma_inference=0.02 if from_data and not drift else args.sigma)
+    if gaussian:  # its one draw is the first, without Euler steps
+        args = dataclasses.replace(args, flow_steps=0)
 
-    check_numbers(args, unbounded=("target_entropy",), zero=("learning_starts",))
-    if min(args.critic_hidden_dims, default=0) < 1:
-        raise UserError("--critic-hidden-dims needs layers of at least one unit")
-    if args.d_model % 4 or args.hidden_dim % 2:
-        raise UserError("--d-model must be a multiple of 4 and --hidden-dim of 2")
-    if args.offline_steps + args.online_steps == 0:
-        raise UserError("nothing to train: give --offline-steps or --online-steps")
-    if mode == "online" and args.online_steps <= args.learning_starts:
-        raise UserError("nothing to train: --online-steps must exceed --learning-starts")
-    if args.buffer_size < args.num_envs * args.horizon_length:
-        raise UserError(
-            "--buffer-size must hold at least --horizon-length rows of each environment"
-        )
-    if args.bc_fraction is not None and args.bc_fraction > 1:
-        raise UserError(f"--bc-fraction is {args.bc_fraction:g}, but must be between 0 and 1")
-    if args.policy == "gaussian" and (args.noise == "fixed" or args.drift_correction):
-        raise UserError("--policy gaussian learns its deviation; leave out --noise")
-    if args.drift_correction and args.noise != "fixed":
-        raise UserError("--drift-correction needs noise of a known size: add --noise fixed")
-    if args.noise == "fixed" and min(args.sigma, args.sigma_inference) <= 0:
-        raise UserError("--sigma and --sigma-inference must be above 0")
-    if args.autotune and args.ent_coef <= 0:
-        raise UserError("--autotune starts from --ent-coef, which must be above 0")
+    check_numbers(args, unbounded=("target_entropy",), zero=("learning_starts", "flow_steps"))
+    fixed, fraction, widths = args.noise == "fixed", args.bc_fraction or 0, args.critic_hidden_dims
+    steps, rows = args.offline_steps + args.online_steps, args.num_envs * args.horizon_length
+    never = not from_data and args.online_steps <= args.learning_starts
+    late = args.renorm_time and (from_data or args.policy != "mlp")
+    dense = args.sparse and not has_data
+    odd, cold = args.d_model % 4 or args.hidden_dim % 2, args.autotune and not args.ent_coef
+    wrong = {
+        "--policy gaussian exists with --mode online alone": from_data and gaussian,
+        f"--critic {args.critic} has no meaning here": from_data != (args.critic == "layer"),
+        "--critic-hidden-dims needs layers of units": min(widths, default=0) < 1,
+        "--flow-steps must be at least 1": args.flow_steps < 1 and not gaussian,
+        "--d-model must be a multiple of 4 and --hidden-dim of 2": odd,
+        "nothing to train: give --offline-steps or --online-steps": steps == 0,
+        "nothing to train: --online-steps must exceed --learning-starts": never,
+        "--buffer-size must hold --horizon-length rows per environment": args.buffer_size < rows,
+        f"--utd is {args.utd:g}, but must be at least 0.001": args.utd < 0.001,
+        f"--bc-fraction is {fraction:g}, but must be between 0 and 1": fraction > 1,
+        "--sparse is for tasks with data, whose rewards are at most 0": dense,
+        "--renorm-time is for --policy mlp with --mode online alone": late,
+        "--policy gaussian learns its deviation; leave out --noise": gaussian and (fixed or drift),
+        "--drift-correction needs fixed noise; add --noise fixed": drift and not fixed,
+        "--sigma and --sigma-inference must be above 0": not min(args.sigma, args.sigma_inference),
+        "--autotune starts from --ent-coef, which must be above 0": cold,
+    }
+    for sentence, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(sentence)
     return args
+
+
+def update_rate(args):
+    """Critic updates per step of all environments, a fraction."""
+    return args.num_envs * Fraction(args.utd).limit_denominator(1000)
+
+
+def block_size(args):
+    """(steps of all environments, actor updates) of the shortest block with a whole number of both.
+    With one environment, three steps and then three critic updates and one of the actor equal step
+    after step: the same actor acts, and each update sees the rows that it would have seen."""
+    actor_rate = update_rate(args) / args.policy_delay
+    return actor_rate.denominator, actor_rate.numerator
+
+
+def visible_rows(args, replay, step):
+    """Rows that existed when critic update number `step`, in the middle of a block, was due."""
+    (steps, groups), rate = block_size(args), update_rate(args)
+    offline = args.policy_delay * args.offline_steps  # updates before
+    offline *= 2 if args.offline_schedule == "interleaved" else 1
+    number = (step - offline) % (groups * args.policy_delay)  # of the update in its block
+    due = ((number + 1) * rate.denominator - 1) // rate.numerator  # at which of its steps
+    return replay["added"] - args.num_envs * (steps - 1 - due)
 
 
 def whole_blocks(args, env):
@@ -2766,18 +2338,25 @@ def whole_blocks(args, env):
     then to whole blocks. Where updates overlap with the first step of a block and there is no
     dataset, a block of rows must be there before."""
     up = lambda steps, unit: -(-steps // unit) * unit
-    block = args.num_envs * block_steps(args)
+    block, online = args.num_envs * block_size(args)[0], args.mode == "online"
     first = up(min(args.learning_starts, args.online_steps), args.num_envs)
-    if env is None and args.num_envs > 1 and args.mode == "online":
-        first = max(first, block)
-    learning = max(args.online_steps - first, 1 if args.mode == "online" else 0)
-    return first, first + up(learning, block)
+    first = max(first, block) if env is None and args.num_envs > 1 and online else first
+    return first, first + up(max(args.online_steps - first, int(online)), block)
 
 
 def ring_rows(args):
     """Rows of the replay: those an update may see, and those that the rest of its block adds."""
     rows = min(args.online_steps, args.buffer_size)
-    return rows + -rows % args.num_envs + block_steps(args) * args.num_envs
+    return rows + -rows % args.num_envs + args.num_envs * block_size(args)[0]
+
+
+def start_carry(args, data, nets, state):
+    """States of all seeds, and metric sums of all that a learn step of any phase reports."""
+    kinds = (False,) if data is None else (False, True)
+    learn = make_learn(nets, args, *(make_update(nets, args, clone) for clone in kinds))
+    if data is None:  # a row in its place: of what is learned only the names are taken
+        data = make_replay(1, state.obs_mean.shape[-1], nets.dim)["rows"]
+    return dict(state=state, sums=zero_sums(learn, {"state": state}, data, jnp.float32(0)))
 
 
 def entropy_ceiling(args, dim):
@@ -2793,12 +2372,11 @@ def fit_to_env(args, task, env):
         spaces = env or ask(make_host_env, task, args.success_timing)
     except gymnasium.error.Error as e:  # say, a package that this environment needs
         raise UserError(" ".join(str(e).split())) from e
-    obs, box, vector = spaces.observation_space, spaces.action_space, gymnasium.spaces.Box
+    obs, box = spaces.observation_space, spaces.action_space
     if env is None:
         spaces.close()
-    if not all(isinstance(space, vector) and len(space.shape) == 1 for space in (obs, box)):
-        raise UserError(f"{task.name} has observations {obs} and actions {box}: choose a task "
-                        "where both are vectors")  # fmt: skip
+    if not all(isinstance(s, gymnasium.spaces.Box) and len(s.shape) == 1 for s in (obs, box)):
+        raise UserError(f"{task.name} has {obs} and {box}: choose a task where both are vectors")
     args = fill(args, action_scale=float(box.high[0]))
     scale = args.action_scale
     if not (scale < np.inf and np.allclose(box.low, -scale) and np.allclose(box.high, scale)):
@@ -2814,20 +2392,21 @@ def fit_to_sizes(args, obs_dim, act_dim):
     if args.autotune:
         if args.mode == "offline-to-online" and args.target_entropy is None:
             raise UserError("--autotune needs --target-entropy with --mode offline-to-online")
+        asked, ceiling = args.target_entropy, entropy_ceiling(args, args.horizon_length * act_dim)
         args = fill(args, target_entropy=-float(act_dim) if args.policy == "gaussian" else 0.0)
-        ceiling = entropy_ceiling(args, args.horizon_length * act_dim)
         if args.noise == "fixed" and args.target_entropy >= ceiling:
-            raise UserError(
-                f"--target-entropy {args.target_entropy:g} cannot be reached with fixed noise, "
-                f"whose entropy is at most {ceiling:.4f}: lower it or raise --sigma"
-            )
-    rows, row = args.num_seeds * ring_rows(args), 4 * (2 * obs_dim + act_dim + 3)
+            reach = f"--target-entropy {args.target_entropy:g} cannot be reached with fixed noise"
+            reach += f", whose entropy is at most {ceiling:.4f}: "
+            if asked is None:
+                raise UserError(f"{reach}lower it, raise --sigma, or ask for it by that flag")
+            print(f"{reach}alpha can only grow")
+    size = 4e-9 * args.num_seeds * ring_rows(args) * (2 * obs_dim + act_dim + 3)
     on_host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", on_host)
-    if rows * row > memory * jax.device_count():
+    memory = 1e-9 * (jax.devices()[0].memory_stats() or {}).get("bytes_limit", on_host)
+    if size > memory * jax.device_count():
         raise UserError(
-            f"the replay of {args.num_seeds} seed(s) takes {rows * row / 1e9:.1f} GB, and the "
-            f"device has {memory / 1e9:.1f}: lower --buffer-size or --num-seeds"
+            f"the replay of {args.num_seeds} seed(s) takes {size:.1f} GB, and the device has "
+            f"{memory:.1f}: lower --buffer-size or --num-seeds"
         )
     return args
 

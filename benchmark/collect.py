@@ -3,6 +3,7 @@
     python benchmark/collect.py antmaze-large        # antmaze-large-navigate-v0, 1M transitions
     python benchmark/collect.py cube-double-task3 --num-transitions 200000
     python benchmark/collect.py d4rl/antmaze-medium-diverse-v2 --num-transitions 200000
+    python benchmark/collect.py d4rl/halfcheetah-medium-v2 --policy RUN_DIR
     python benchmark/collect.py --describe ~/.ogbench/data/cube-single-play-v0.collected.npz
 
 The procedure is the one OGBench published for its own files (Park et al., 2025, and its generation
@@ -30,6 +31,13 @@ there, a goal that is reached is followed by one in another cell, and about half
 the cell of the evaluation's goal, so that a small set holds something to learn; the others are the
 start (umaze), the start and far ends of corridors (play) or any cell (diverse). The target is the
 mean of the evaluation's goals.
+
+D4RL's locomotion sets, d4rl/halfcheetah-medium-v2 and the like, are rolled out with a policy that
+you train first, as D4RL's were: `--policy RUN_DIR`, a run of algos/sac_flow.py on that robot
+(python algos/sac_flow.py --env-id HalfCheetah-v4 --online-steps 60000). It acts with its noise;
+medium-expert alternates it with its most probable actions, medium-replay and full-replay are the
+run's own replay, and random needs no policy. How good a set is, is up to that run: the file's
+metadata name its mean return.
 """
 
 import collections
@@ -78,13 +86,15 @@ DTYPES = {"terminals": np.bool_, "button_states": np.int64}  # every other array
 class Args:
     name: tyro.conf.Positional[str | None] = None
     """Dataset or task: antmaze-large, cube-double-noisy, scene-play-v0, cube-double-task3,
-    d4rl/antmaze-large-play-v2, ..."""
+    d4rl/antmaze-large-play-v2, d4rl/hopper-medium-v2, ..."""
     num_transitions: int | None = None
     """Transitions in the training file, rounded up to whole episodes (default: OGBench's size)."""
     episode_length: int | None = None
     """Transitions per episode (default: OGBench's length for this dataset)."""
     dataset_dir: Path = Path("~/.ogbench/data")
     """Directory of the two files, and what D4RL's directory derives from."""
+    policy: Path | None = None
+    """D4RL's locomotion sets: run directory of algos/sac_flow.py whose policy is rolled out."""
     workers: int | None = None
     """Simulator processes (default: all cores). The files do not depend on it."""
     seed: int = 0
@@ -178,9 +188,8 @@ def find_d4rl_recipe(name: str) -> Recipe:
         family, kind = load_d4rl().parse(name.removeprefix("d4rl/"))
     except ValueError as error:
         fail(f"{error}.")
-    if family != "antmaze":
-        fail(f"'{name}' needs a trained policy of that robot, and only D4RL's antmaze sets are "
-             f"collected here.")  # fmt: skip
+    if family in ("pen", "door", "hammer", "relocate"):
+        fail(f"'{name}' needs demonstrations of a hand, which this project does not have.")
     return Recipe(name, kind.partition("-")[2] or "umaze", 1000, 1000, 0.2, 0.0, NEVER)
 
 
@@ -611,29 +620,62 @@ def write_pair(paths: tuple[Path, Path], file, parts: list[dict]):
         temporary(paths[1]).unlink(missing_ok=True)
 
 
-def write_hdf5(paths: tuple[Path], file, parts: list[dict]):
-    """Write a D4RL file into the claimed `file` completely, then give it its name.
+def write_antmaze(paths: tuple[Path], file, parts: list[dict]):
+    """Write a D4RL antmaze file with its rewards and ends, see `write_hdf5`.
 
     Row t is rewarded and terminal where row t + 1 of its episode lies within the goal's radius; the
     last row of an episode is its time-out, as in D4RL's files.
     """
-    import h5py
-
     d4rl, rows = load_d4rl(), dict(parts[0])
-    metadata, ends = rows.pop("metadata"), rows.pop("terminals")
-    maze = d4rl.MAZES[d4rl.parse(json.loads(metadata.item())["dataset"])[1].partition("-")[0]]
+    metadata, ends = rows.pop("metadata").item(), rows.pop("terminals")
+    maze = d4rl.MAZES[d4rl.parse(json.loads(metadata)["dataset"])[1].partition("-")[0]]
     target = d4rl.CELL * np.array([maze.goal[1] - 1, maze.goal[0] - 1]) + 0.75
     near = np.linalg.norm(rows["observations"][:, :2] - target, axis=1) <= d4rl.GOAL_RADIUS
     near = np.append(near[1:], False) & ~ends
     rows |= {"rewards": near.astype(np.float32), "terminals": near, "timeouts": ends}
+    write_hdf5(paths, file, rows, metadata)
+
+
+def write_hdf5(paths: tuple[Path], file, rows: dict, metadata: str):
+    """Write a D4RL file into the claimed `file` completely, then give it its name."""
+    import h5py
+
     file.truncate(0)
     with h5py.File(file, "w") as out:
-        out.attrs["metadata"] = metadata.item()
+        out.attrs["metadata"] = metadata
         for key, array in rows.items():
             out.create_dataset(key, data=array, compression="gzip", compression_opts=1)
     file.flush()
     os.fsync(file.fileno())
     os.replace(temporary(paths[0]), paths[0])
+
+
+@contextlib.contextmanager
+def destination(paths: tuple[Path, ...], overwrite: bool):
+    """The claimed file of a dataset, unless it is there already (then leave with a sentence)."""
+
+    def leave_if_there():
+        if all(path.exists() for path in paths) and not overwrite:
+            there = read_metadata(paths[0])
+            what = f"{there.get('transitions', 0):,} transitions, seed {there.get('seed')}"
+            print(f"{paths[0]} is already there ({what}); --overwrite replaces it.")
+            raise SystemExit(0)
+
+    leave_if_there()
+    with contextlib.ExitStack() as stack:
+        # A batch system's stop is treated like Ctrl-C; a background shell may have ignored both.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous = signal.signal(number, signal.default_int_handler)
+            stack.callback(signal.signal, number, previous)
+        directory = paths[0].parent
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(claimed(paths[0]))
+        except OSError as error:
+            why = error.strerror if directory.is_dir() else f"not a directory ({error.strerror})"
+            fail(f"cannot write to --dataset-dir {directory}: {why}.")
+        leave_if_there()  # another run may have finished while this one waited
+        yield file
 
 
 BAD_ZIP = (zipfile.BadZipFile, zlib.error)
@@ -754,9 +796,132 @@ def provenance(recipe: Recipe) -> dict:
     }
 
 
+# ---- D4RL's locomotion: roll-outs of a trained policy, in this process ----
+ROLLOUT_ENVS = 8
+
+
+def load_policy(run_dir: Path, env):
+    """A run of algos/sac_flow.py -> (act(obs (E, D), step, noisy (E,)) -> (E, A), its carry)."""
+    import jax
+    import jax.numpy as jnp
+
+    path = TASKS.parent.parent / "algos" / "sac_flow.py"
+    spec = importlib.util.spec_from_file_location("cleanflow_sac_flow", path)
+    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    try:
+        args = script.read_args(run_dir, [], script.Args())
+        tree, _ = script.load_checkpoint(run_dir)
+        fresh = script.start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
+        states = script.restore(fresh, tree["state"], run_dir)
+    except script.UserError as error:
+        fail(f"--policy: {error}.")
+    state = jax.tree.map(lambda leaf: leaf[0], states)  # of the run's first seed
+    modes = script.evaluation_policies(script.make_networks(args, act_dim), args)
+
+    @jax.jit
+    def act(obs, step, noisy):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), step), len(obs))
+        noise, mean = (jax.vmap(modes[m], (None, 0, 0))(state, obs, keys)[:, :act_dim]
+                       for m in ("stochastic", "deterministic"))  # fmt: skip
+        return jnp.where(noisy[:, None], noise, mean)
+
+    return act, tree
+
+
+def replay_rows(tree: dict) -> dict[str, np.ndarray]:
+    """A run's own replay, oldest first, each environment's rows together, in D4RL's layout."""
+    replay, num_envs = tree["replay"], tree["returns"].shape[1]
+    size, added = replay["rows"]["rewards"].shape[1], int(replay["added"][0])
+    order = (np.arange(max(0, added - size), added) % size).reshape(-1, num_envs).T
+    rows = {k: np.asarray(v[0])[order] for k, v in replay["rows"].items()}
+    terminals = rows["masks"] == 0
+    timeouts = (rows["terminals"] > 0) & ~terminals
+    timeouts[:, -1] = ~terminals[:, -1]
+    rows = dict(observations=rows["obs"], actions=rows["actions"], rewards=rows["rewards"],
+                terminals=terminals, timeouts=timeouts)  # fmt: skip
+    return {k: v.reshape(-1, *v.shape[2:]) for k, v in rows.items()}
+
+
+def rollout_rows(name: str, act, noisy, num_rows: int, seed: int) -> dict[str, np.ndarray]:
+    """Rows of `act` in E copies of D4RL's environment, each copy's rows together."""
+    import gymnasium
+
+    make = [functools.partial(load_d4rl().make_env, name)] * len(noisy)
+    mode = gymnasium.vector.AutoresetMode.SAME_STEP
+    envs = gymnasium.vector.SyncVectorEnv(make, autoreset_mode=mode)
+    obs, _ = envs.reset(seed=np.random.SeedSequence(seed).generate_state(len(noisy)).tolist())
+    log, steps = collections.defaultdict(list), -(-num_rows // len(noisy))
+    with progress(steps * len(noisy), "collecting") as advance:
+        for step in range(steps):
+            actions = np.asarray(act(obs.astype(np.float32), step, noisy))
+            next_obs, rewards, terminals, timeouts, _ = envs.step(actions)
+            row = dict(observations=obs, actions=actions, rewards=rewards, terminals=terminals)
+            for key, value in (row | dict(timeouts=timeouts | (step == steps - 1))).items():
+                log[key].append(value)
+            obs = next_obs
+            advance(len(noisy))
+    envs.close()
+    rows = {k: np.stack(v, 1) for k, v in log.items()}
+    rows["timeouts"] &= ~rows["terminals"]
+    return {k: v.reshape(-1, *v.shape[2:]) for k, v in rows.items()}
+
+
+def make_locomotion(args: Args):
+    """Write a D4RL locomotion set from one's own policy; a function of the run and the seed."""
+    d4rl, name = load_d4rl(), args.name.removeprefix("d4rl/")
+    family, kind = d4rl.parse(name)
+    example = {"halfcheetah": "HalfCheetah", "hopper": "Hopper", "walker2d": "Walker2d"}[family]
+    if args.policy is None and kind != "random":
+        fail(f"{args.name} needs --policy RUN_DIR, a run of: python algos/sac_flow.py "
+             f"--env-id {example}-v4 --online-steps 60000")  # fmt: skip
+    if args.num_transitions is not None and args.num_transitions < ROLLOUT_ENVS:
+        fail(f"--num-transitions must be at least {ROLLOUT_ENVS}, not {args.num_transitions}.")
+    try:
+        d4rl.needed("h5py")
+    except ImportError as error:
+        fail(f"{error}.")
+    paths, env = (d4rl.collected_path(name, args.dataset_dir),), d4rl.make_env(name)
+    rng, act, tree = np.random.default_rng(args.seed), None, None
+    if kind == "random":
+        size = (ROLLOUT_ENVS, *env.action_space.shape)
+        act = lambda obs, step, noisy: rng.uniform(-1, 1, size).astype(np.float32)
+    else:
+        act, tree = load_policy(args.policy, env)
+    with destination(paths, args.overwrite) as file:
+        print(f"Collecting {name}.", flush=True)
+        if kind.endswith("replay"):
+            if "replay" not in tree:
+                fail(f"{args.policy} has no replay: give a run that got to its online phase.")
+            rows = replay_rows(tree)
+        else:
+            noisy = (
+                np.arange(ROLLOUT_ENVS) % 2 == 0
+                if "expert" in kind
+                else np.ones(ROLLOUT_ENVS, bool)
+            )
+            rows = rollout_rows(name, act, noisy, args.num_transitions or 200_000, args.seed)
+        ends = rows["terminals"] | rows["timeouts"]
+        mean_return = float(rows["rewards"].sum() / ends.sum())
+        facts = dict(
+            dataset=name, source="collected", split="train", seed=args.seed,
+            transitions=len(ends), episodes=int(ends.sum()), mean_return=mean_return,
+            procedure=dict(kind=kind, policy=args.policy.name if args.policy else "uniform"),
+            versions={p: importlib.metadata.version(p) for p in ("mujoco", "gymnasium", "numpy")},
+        )  # fmt: skip
+        write_hdf5(paths, file, rows, json.dumps(facts))
+    score = d4rl.score(name, mean_return)
+    print(f"{paths[0]}: {len(ends):,} transitions, {ends.sum():,} episodes (the last ones cut), "
+          f"mean return {mean_return:,.0f}, normalised {score:.1f}.")  # fmt: skip
+
+
 def make_dataset(args: Args):
     if args.name is None:
         fail("which dataset? For example: python benchmark/collect.py antmaze-large")
+    if args.name.startswith(("d4rl/halfcheetah", "d4rl/hopper", "d4rl/walker2d")):
+        find_d4rl_recipe(args.name)  # is there such a set?
+        return make_locomotion(args)
     recipe = find_recipe(args.name)
     for field, low in {"num_transitions": 1, "episode_length": 1, "workers": 1, "seed": 0}.items():
         if (value := getattr(args, field)) is not None and value < low:
@@ -779,33 +944,13 @@ def make_dataset(args: Args):
         except ImportError as error:
             fail(f"{error}.")
         paths = (d4rl.collected_path(recipe.dataset, args.dataset_dir),)
-        directory = paths[0].parent
 
-    def leave_if_there():
-        if all(path.exists() for path in paths) and not args.overwrite:
-            there = read_metadata(paths[0])
-            what = f"{there.get('transitions', 0):,} transitions, seed {there.get('seed')}"
-            print(f"{paths[0]} is already there ({what}); --overwrite replaces it.")
-            raise SystemExit(0)
-
-    leave_if_there()
-    with contextlib.ExitStack() as stack:
-        # A batch system's stop is treated like Ctrl-C; a background shell may have ignored both.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous = signal.signal(number, signal.default_int_handler)
-            stack.callback(signal.signal, number, previous)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(claimed(paths[0]))
-        except OSError as error:
-            why = error.strerror if directory.is_dir() else f"not a directory ({error.strerror})"
-            fail(f"cannot write to --dataset-dir {directory}: {why}.")
-        leave_if_there()  # another run may have finished while this one waited
+    with destination(paths, args.overwrite) as file:
         what = f"{episodes[0]:,}" + f" + {episodes[1]:,}" * (not recipe.d4rl) + " episodes"
         what += " (train + val)" * (not recipe.d4rl) + f" of {length:,} transitions"
         print(f"Collecting {recipe.dataset}: {what}, {workers} workers.", flush=True)
         start = time.monotonic()
-        data, goals = collect(recipe, args.seed, episodes, length, workers, directory)
+        data, goals = collect(recipe, args.seed, episodes, length, workers, paths[0].parent)
         seconds = time.monotonic() - start
         for split, part in enumerate(data[: len(paths)]):
             facts = {
@@ -818,7 +963,7 @@ def make_dataset(args: Args):
             if recipe.kind not in ("stitch", "explore"):
                 facts["goals_reached"] = goals[split]
             part["metadata"] = np.array(json.dumps(provenance(recipe) | facts))
-        (write_hdf5 if recipe.d4rl else write_pair)(paths, file, data)
+        (write_antmaze if recipe.d4rl else write_pair)(paths, file, data)
     for path in paths:
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     rate = 1000 * goals[0] / (episodes[0] * length)

@@ -3,6 +3,7 @@
     python benchmark/launch.py --algos gsflow --tasks pointmaze-medium --seeds 0 1 2
     python benchmark/launch.py --algos gsflow --tasks pointmaze-medium --seeds 0 1 2 --workers 2
     python benchmark/launch.py --algos gsflow --tasks antmaze-large cube-double --slurm jobs.sh
+    python benchmark/launch.py --algos gsflow --tasks antmaze-large --workers 16 --devices 0 1 2 3
     python benchmark/launch.py --algos gsflow "fql=gsflow --prior gaussian --student deterministic"
         --tasks "antmaze-large --alpha 10" scene -- --num-seeds 4              (all in one line)
     python benchmark/launch.py --status runs                                  # Ctrl-C ends it only
@@ -43,7 +44,7 @@ from pathlib import Path
 import tyro
 
 HERE = Path(__file__).resolve().parent
-NOT_HASHED = ("seed", "out_dir", "resume", "evaluate")
+NOT_HASHED = ("seed", "out_dir", "resume", "evaluate", "video")
 
 
 class UserError(Exception):
@@ -58,15 +59,21 @@ class Args:
     seeds: tuple[int, ...] = (0, 1, 2)
     """first seed of each run (with `-- --num-seeds N` a run trains N seeds: leave gaps of N)"""
     out: str = "runs"  # directory that holds the runs
-    workers: int = 0  # run the commands, so many at a time (0: only print them)
+    workers: int = 0
+    """run the commands, so many at a time (0: only print them); with --slurm: per array element"""
     devices: tuple[str, ...] = ()
-    """CUDA_VISIBLE_DEVICES of the workers, in turn (e.g. 0 1 2 3)"""
+    """CUDA_VISIBLE_DEVICES of the workers, in turn (e.g. 0 1 2 3); with more workers than devices
+    several runs share one, each with its part of the memory"""
     slurm: str | None = None  # write a SLURM array script to this file and run nothing
     slurm_template: str = str(HERE / "slurm_array.sh")  # template of that script
-    index: int | None = None  # only the run of this number (an element of the SLURM array)
+    index: int | None = None  # only the runs of this element of the SLURM array
     algos_dir: str = str(HERE.parent / "algos")  # where the scripts are
     status: str | None = None  # show the runs below this directory and start nothing
     once: bool = False  # with --status: print the table once (also done where there is no terminal)
+    plan: bool = False  # count what the runs would cost, from their arithmetic; starts nothing
+    gpus: int = 8  # with --plan: GPUs
+    tflops: float = 67.0  # with --plan: a GPU's peak rate (an H100's in float32; in TF32: 495)
+    share: float = 0.3  # with --plan: the part of it that runs are assumed to reach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,15 +185,19 @@ def print_commands(jobs):
 
 
 def write_slurm(path, template, jobs, args, extra):
-    """Fill the template for an array with one element per job, finished or not."""
-    own = dataclasses.asdict(args)
+    """Fill the template for an array whose elements run a job, or --workers of them, each."""
+    own, workers = dataclasses.asdict(args), max(1, args.workers)
     words = []
-    for name in ("algos", "tasks", "seeds", "out", "algos_dir"):
+    for name in ("algos", "tasks", "seeds", "out", "algos_dir", "devices"):
         values = own[name] if isinstance(own[name], tuple) else [own[name]]
-        words += ["--" + name.replace("_", "-"), *map(str, values)]
+        words += ["--" + name.replace("_", "-"), *map(str, values)] if values else []
     Path(args.out).mkdir(parents=True, exist_ok=True)  # SLURM does not make it for its logs
     fill = dict(
-        LAST=str(len(jobs) - 1),
+        LAST=str((len(jobs) - 1) // workers),
+        WORKERS=str(workers),
+        GPUS=str(max(1, len(args.devices))),
+        CPUS=str(8 * workers),
+        MEMORY=f"{32 * workers}G",
         OUT=str(Path(args.out).resolve()),
         DIRECTORY=shlex.quote(os.getcwd()),
         PYTHON=shlex.quote(sys.executable),
@@ -200,12 +211,34 @@ def write_slurm(path, template, jobs, args, extra):
     print(f"{path}: an array of {len(jobs)} runs; look through it, then: sbatch {path}")
 
 
+def print_plan(jobs, args):
+    """What the runs that are not finished would cost, one line per method."""
+    import speed  # beside this file
+
+    known, rows = {}, {}  # what a run costs depends on neither its seed nor, nearly, its task
+    for job in (job for job in jobs if job.find()[0] != "finished"):
+        resolved = resolve(load_script(job.script), job.flags, str(job))
+        setting = job.script.stem, dataclasses.replace(resolved, seed=0, env_id="", out_dir="")
+        if setting not in known:
+            known[setting] = speed.run_flops(job.script.stem, resolved)
+        rows.setdefault(job.label, []).append(known[setting])
+    rate = args.tflops * args.share * 1e12
+    print(f"counted, not measured: products only, no evaluation; assumed {args.share:.0%} of "
+          f"{args.tflops:g} TFLOP/s")  # fmt: skip
+    print("| method | runs | PFLOP a run | GPU hours |\n|---|---|---|---|")
+    for label, costs in [*rows.items(), ("all", [cost for own in rows.values() for cost in own])]:
+        mean, hours = sum(costs) / max(1, len(costs)), sum(costs) / rate / 3600
+        print(f"| {label} | {len(costs)} | {mean / 1e15:.3g} | {hours:,.1f} |")
+    print(f"{hours / args.gpus:,.1f} hours on {args.gpus} GPUs")
+
+
 # ---- running ----
 class Launch:
     """Runs jobs with a number of workers; one line of progress; a failure stops nothing else."""
 
     def __init__(self, jobs, workers, devices):
         self.jobs, self.workers, self.devices = jobs, workers, devices
+        self.runs_per_device = -(-min(workers, len(jobs)) // max(1, len(devices)))
         self.running = {}  # worker -> (job, process, lock, start)
         self.finished, self.before, self.stopped, self.failed = [], [], [], []
         self.signals, self.said, self.wide = 0, 0.0, sys.stdout.isatty()
@@ -250,9 +283,7 @@ class Launch:
         facts = dict(label=job.label, script=job.script.stem, flags=job.flags)
         (job.home / "launch.tmp").write_text(json.dumps(facts, indent=2) + "\n")
         (job.home / "launch.tmp").replace(job.home / "launch.json")  # a --status may be reading it
-        env = dict(os.environ)
-        if self.devices:
-            env["CUDA_VISIBLE_DEVICES"] = self.devices[worker % len(self.devices)]
+        env = self.environment(worker)
         with open(job.log, "a") as log:
             print(f"\n$ {shlex.join(job.command())}", file=log, flush=True)
             # a session of its own: a Ctrl-C at the terminal reaches it once, through us
@@ -262,6 +293,17 @@ class Launch:
             )  # fmt: skip
         self.running[worker] = (job, process, lock, time.monotonic())
         self.say(f"started {job}" + (f", resumed from {directory}" if state == "resume" else ""))
+
+    def environment(self, worker):
+        """The worker's device and, where several runs share it, the most they may take of its
+        memory; a tenth is left to CUDA itself."""
+        env = dict(os.environ)
+        if self.devices:
+            env["CUDA_VISIBLE_DEVICES"] = self.devices[worker % len(self.devices)]
+        names = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")  # not both, says JAX
+        if self.runs_per_device > 1 and not any(name in env for name in names):
+            env[names[0]] = f"{0.9 / self.runs_per_device:.3f}"
+        return env
 
     def collect(self, worker):
         """Note how a job ended."""
@@ -469,12 +511,18 @@ def main(argv):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    devices = args.devices
     if args.index is not None:
-        jobs = jobs[args.index : args.index + 1]
-    if args.slurm:
+        first, visible = args.index * max(1, args.workers), os.environ.get("CUDA_VISIBLE_DEVICES")
+        jobs = jobs[first : first + max(1, args.workers)]
+        if devices and visible:  # the ones that SLURM has given to this element
+            devices = tuple(visible.split(","))
+    if args.plan:
+        print_plan(jobs, args)
+    elif args.slurm:
         write_slurm(args.slurm, args.slurm_template, jobs, args, extra)
     elif args.workers:
-        return Launch(jobs, args.workers, args.devices)()
+        return Launch(jobs, args.workers, devices)()
     else:
         print_commands(jobs)
     return 0

@@ -41,7 +41,8 @@ import numpy as np
 import tyro
 
 HERE = Path(__file__).resolve().parent
-NOT_A_SETTING = ("env_id", "seed", "num_seeds", "out_dir", "resume", "evaluate", "dataset_dir")
+NOT_A_SETTING = ("env_id", "seed", "num_seeds", "out_dir", "dataset_dir")
+NOT_A_SETTING += ("resume", "start_from", "evaluate", "video")
 COLUMN = {"training_return": "charts/episodic_return"}  # mean of the last training episodes
 KINDS = ("official", "collected", "generated", "none")
 TITLES = {
@@ -59,6 +60,7 @@ class Args:
     published: str = str(HERE / "published.json")  # numbers of others, a source each
     resamples: int = 10_000  # of the bootstrap
     pictures: bool = True  # draw learning curves beside report.md
+    headline: bool = False  # curves of each method's first mode of evaluation only
     steps_to: float | None = None
     """also list when each seed's headline metric first reached this value, and compare methods"""
     embed_mb: float = 20.0
@@ -450,7 +452,8 @@ def make_sections(groups, published, args):
             facts += [f"{name}: {', '.join(sorted({str(run.facts[name]) for run in runs}))}"]
         timings = {run.args.get("success_timing") for run in runs} - {None}
         facts += [f"success timing: {', '.join(sorted(timings)) or 'none'}"]
-        sections.append(Section(kind, members, rows, pooled, reaches, make_curves(members), facts))
+        curves = [c for c in make_curves(members) if c.headline or not args.headline]
+        sections.append(Section(kind, members, rows, pooled, reaches, curves, facts))
     return sections, cited
 
 

@@ -10,10 +10,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# From scratch on MuJoCo, 1M steps, 5 seeds: Flow-G, Flow-T, the naive flow that both repair, and
-# SAC with a Gaussian. Published with the -v4 environments.
+# From scratch on MuJoCo, 1M steps, 5 seeds: Flow-G, Flow-T, the naive flow that both repair (also in
+# the released form), and SAC with a Gaussian, with its own critics and with those of the flows, which
+# separates the policy from the critic. Published with the -v4 environments.
 POLICIES=("flow-g=sac_flow --policy flow-g" "flow-t=sac_flow --policy flow-t"
-    "naive=sac_flow --policy mlp" "gaussian=sac_flow --policy gaussian")
+    "naive=sac_flow --policy mlp" "naive-released=sac_flow --policy mlp --renorm-time"
+    "gaussian=sac_flow --policy gaussian"
+    "gaussian-crossq=sac_flow --policy gaussian --critic brn")
 python benchmark/launch.py --algos "${POLICIES[@]}" --seeds 0 1 2 3 4 \
     --tasks Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4 HumanoidStandup-v4 \
     --out runs/sac-flow-tables/mujoco "$@"
@@ -23,6 +26,18 @@ python benchmark/launch.py --algos "flow-g=sac_flow --policy flow-g" \
     "flow-t=sac_flow --policy flow-t" "naive=sac_flow --policy mlp" --seeds 0 1 2 3 4 \
     --tasks cube-double-task4 cube-triple-task4 cube-quadruple-task4 \
     --out runs/sac-flow-tables/cubes "$@"
+
+# The paper's noise: one fixed deviation with drift correction, and target entropy 0, which it cannot
+# reach.
+FIXED="--noise fixed --drift-correction --target-entropy 0"
+python benchmark/launch.py --algos "fixed-g=sac_flow --policy flow-g $FIXED" \
+    "fixed-t=sac_flow --policy flow-t $FIXED" --tasks Hopper-v4 HalfCheetah-v4 Ant-v4 \
+    --seeds 0 1 2 3 4 --out runs/sac-flow-tables/fixed-noise "$@"
+
+# From scratch on manipulation tasks, where the paper says that no method succeeds.
+python benchmark/launch.py --algos "flow-g=sac_flow --mode online --policy flow-g" \
+    "flow-t=sac_flow --mode online --policy flow-t" --tasks cube-double-task4 robomimic/can-mh \
+    --seeds 0 1 2 3 4 --out runs/sac-flow-tables/scratch "$@"
 
 # Number of flow steps K on Ant.
 python benchmark/launch.py --algos "g4=sac_flow --policy flow-g --flow-steps 4" \

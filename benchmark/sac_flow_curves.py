@@ -3,8 +3,8 @@
     python benchmark/sac_flow_curves.py --runs RUN RUN --out benchmark/results/sac_flow_cheetah.png
 
 Left the stochastic policy's training return (`charts/episodic_return`, the mean of the last 20
-episodes: the published curves' definition), right the deterministic evaluation; mean over a run's
-seeds, with the seeds as thin lines. Prints the last values.
+episodes: the published curves' definition), right the deterministic evaluation (run with
+`--eval-all-modes`); mean over a run's seeds, with the seeds as thin lines. Prints the last values.
 """
 
 import csv

@@ -88,7 +88,7 @@ def bandit(sac, policy, bench):
     nets = sac.make_networks(args, 2)._replace(critic=critic)
 
     def one_seed(seed):
-        params, stats = sac.init_params(args, 4, 2, jax.random.key(seed))
+        params, stats = nets.init(4, jax.random.key(seed))
 
         def step(i, carry):
             params, stats, moments = carry
@@ -141,7 +141,7 @@ def large(sac, policy, bench):
     nets = sac.make_networks(args, 3)
 
     def one_seed(seed):
-        params, stats = sac.init_params(args, 11, 3, jax.random.key(seed))
+        params, stats = nets.init(11, jax.random.key(seed))
         enlarge = lambda path, x: 4 * x if path[-1].key == "kernel" else x
         actor = jax.tree_util.tree_map_with_path(enlarge, params["actor"])
         obs = jax.random.normal(sac.purpose_key(seed, "env"), (bench.rows, 11))

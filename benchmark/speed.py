@@ -10,6 +10,7 @@ Rows "update": milliseconds per update of all seeds inside one dispatch, data sa
   of product rate   floating-point operations, counted from the layer sizes (dense layers: 2 m n per
                     row forward, twice that backward), per second, as a share of what a bare float32
                     product (256, 512) x (512, 512) reaches in the same run
+  peak MiB          of a GPU's memory, the most that this process has taken up to then
 Rows "action": one decision for one observation, from the call to the array on the host.
 Rows "steps": environment steps, of the JAX point maze (vmapped) and of OGBench's own (one process).
 """
@@ -21,7 +22,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,10 @@ class Args:
     repeats: int = 5  # timed dispatches; the fastest counts
     num_envs: int = 1_000  # JAX environments, vmapped
     env_steps: int = 200  # steps of each environment
+    parts: tuple[Literal["update", "action", "env"], ...] = ("update", "action", "env")
+    """which rows"""
+    matmul_precision: str = "default"
+    """JAX's name of a precision of float32 products: highest, BF16_BF16_F32, ..."""
     quick: bool = False  # tiny networks and short timings: a check that all of it runs
 
 
@@ -54,7 +60,7 @@ class Case(NamedTuple):
     update: Callable  # (state, batches, key) -> state: the same on given batches
     gather: Callable  # (rows: NumPy arrays, indices) -> one batch, on the host
     policies: dict  # mode of acting -> function (state, obs (D,), key) -> action(s)
-    flops: Callable  # (params) -> operations of one update
+    flops: Callable  # (params, online=False) -> operations of one update in that phase
     updates: int = 1  # updates in one step
     batches: int = 1  # batches in one step
 
@@ -70,12 +76,14 @@ def load_script(name):
     return sys.modules[module]
 
 
-def resolve(script, flags):
-    """Arguments as the script's `main` resolves them, from keyword flags."""
+def resolve(script, flags, **defaults):
+    """Arguments as the script's `main` resolves them, from keyword flags; resolved ones stay."""
+    if not isinstance(flags, dict):
+        return flags
     found, train = [], script.train
     script.train = lambda args, task: found.append(args)
     try:
-        script.main(script.Args(**flags))
+        script.main(script.Args(**defaults | flags))
     finally:
         script.train = train
     return found[0]
@@ -127,11 +135,11 @@ def gather_windows(rows, index, horizon, gamma):
 def gsflow_case(flags, num_rows):
     """GSFlow, or FQL by flags, on antmaze-large."""
     script, sizes = load_script("gsflow"), (29, 8)
-    args = resolve(script, dict(env_id="antmaze-large") | flags)
+    args = resolve(script, flags, env_id="antmaze-large")
     nets, settings = script.make_networks(args, sizes[1]), script.phase_settings(args, "offline")
     learn, update = script.make_learn(nets, args), script.make_update(nets, args)
 
-    def flops(params):
+    def flops(params, online=False):
         names = ("velocity", "critic", "student", "encoder", "decoder")
         velocity, critic, student, encoder, decoder = (kernel_flops(params, n) for n in names)
         candidates = args.num_candidates if args.prior == "cvae" else 0
@@ -153,13 +161,13 @@ def gsflow_case(flags, num_rows):
 def flowq_case(flags, num_rows):
     """FlowQ on antmaze-large."""
     script, sizes = load_script("flowq"), (29, 8)
-    args = resolve(script, dict(env_id="antmaze-large") | flags)
+    args = resolve(script, flags, env_id="antmaze-large")
     task = script.parse_task(args.env_id)
     nets = script.make_networks(args, sizes[1], task)
     settings = script.Settings(jnp.float32(args.guidance_lambda))
     learn, update = script.make_learn(nets, args), script.make_update(nets, args)
 
-    def flops(params):
+    def flops(params, online=False):
         velocity, critic = kernel_flops(params, "velocity"), kernel_flops(params, "critic")
         target = args.flow_steps * velocity + critic if args.critic == "td" else 0
         guidance = 3 * critic  # slope: forward and back to the action; scale: forward
@@ -179,12 +187,12 @@ def flowq_case(flags, num_rows):
 def fmq_case(flags, num_rows, objective="offline"):
     """FMQ, or Q-chunking by flags, on cube-triple; chunks of 5 actions."""
     script, sizes = load_script("fmq"), (46, 5)
-    args = resolve(script, dict(env_id="cube-triple-task4") | flags)
+    args = resolve(script, flags, env_id="cube-triple-task4")
     nets = script.make_networks(args, sizes[1])
     learn = script.make_learn(nets, args, objective)
     update = script.make_update(nets, args, objective)
 
-    def flops(params):
+    def flops(params, online=False):
         actor, critic = kernel_flops(params, "actor"), kernel_flops(params, "critic")
         # of a candidate, the first layer sees the chunk alone: state and times are done once
         width, chunk = args.hidden_dims[0], args.horizon * sizes[1]
@@ -195,12 +203,13 @@ def fmq_case(flags, num_rows, objective="offline"):
         candidates = args.num_samples * (jumps * (actor - once_actor) + critic - once_critic)
         shared = jumps * 2 * width * sizes[0] + once_critic
         imitation = 3 * actor if args.actor == "flow" else 7 * actor  # diagonal 3, Eulerian 4
-        learning = imitation if objective == "offline" else 4 * actor + 2 * critic
+        offline = objective == "offline" and not online
+        learning = imitation if offline else 4 * actor + 2 * critic
         return args.batch_size * (candidates + shared + 4 * critic + learning)
 
     return Case(
         script, args, sizes,
-        data=script.chunk_data(random_rows(num_rows, *sizes)),
+        data=script.device_rows(random_rows(num_rows, *sizes)),
         step=lambda carry, data: {"state": learn(carry, data)["state"]},
         update=lambda state, b, key: update(state, b[0], key)[0],
         gather=lambda rows, index: gather_windows(rows, index, args.horizon, args.gamma),
@@ -212,26 +221,27 @@ def fmq_case(flags, num_rows, objective="offline"):
 def sac_flow_case(flags, num_rows):
     """SAC Flow: from scratch on Hopper, or offline-to-online on cube-triple."""
     script = load_script("sac_flow")
-    args = resolve(script, dict(action_scale=1.0) | flags)
-    online = args.mode == "online"
-    sizes = (11, 3) if online else (46, 5)
+    args = resolve(script, flags, action_scale=1.0)
+    args = dataclasses.replace(args, action_scale=args.action_scale or 1.0)
+    scratch = args.mode == "online"
+    sizes = (11, 3) if scratch else (46, 5)
     args = script.fit_to_sizes(args, *sizes)
     nets, beta = script.make_networks(args, sizes[1]), jnp.float32(args.beta or 0)
-    kinds = (False,) if online else (True, False)  # flow matching, then RL
+    kinds = (False,) if scratch else (True, False)  # flow matching, then RL
     updates = [script.make_update(nets, args, clone=kind) for kind in kinds]
     learn = script.make_learn(nets, args, *updates)
 
-    def flops(params):
+    def flops(params, online=False):
         actor, critic = params["actor"], kernel_flops(params, "critic")
         context = kernel_flops(actor, "noise", "memory", "cross_")  # once per rollout
         time = kernel_flops(actor, "time")  # of one row, except in flow matching
         velocity = kernel_flops(actor, "") - context - time
         rollout = context + args.flow_steps * velocity
-        if online:  # one pass of the critics over both pairs; an actor step every policy_delay
+        if scratch:  # one pass of the critics over both pairs; an actor step every policy_delay
             per_row = rollout + 6 * critic + (3 * rollout + 2 * critic) / args.policy_delay
-        else:  # a critic step with flow matching, then one with the actor's
-            per_row = 2 * (rollout + 4 * critic) + 3 * (context + velocity + time)
-            per_row += 3 * rollout + 2 * critic
+        else:  # a critic step with the actor's; offline, before it one with flow matching
+            per_row = rollout + 4 * critic + 3 * rollout + 2 * critic
+            per_row += 0 if online else rollout + 4 * critic + 3 * (context + velocity + time)
         return args.batch_size * per_row
 
     def update(state, batches, key):
@@ -241,7 +251,7 @@ def sac_flow_case(flags, num_rows):
 
     return Case(
         script, args, sizes,
-        data=script.chunk_data(random_rows(num_rows, *sizes)),
+        data=script.device_rows(random_rows(num_rows, *sizes)),
         step=lambda carry, data: {"state": learn(carry, data, beta)["state"]},
         update=update,
         gather=lambda rows, index: gather_windows(rows, index, args.horizon_length, args.gamma),
@@ -269,6 +279,66 @@ QUICK = {  # flags that make a script's networks tiny
     "fmq": dict(hidden_dims=(16, 16), batch_size=16, num_samples=4),
     "sac_flow": dict(hidden_dim=16, d_model=16, critic_hidden_dims=(16, 16), batch_size=16),
 }
+
+
+def run_flops(stem, args):
+    """Operations of a whole run of the script with these resolved arguments, evaluation left out;
+    observations and actions have the sizes of the method's usual task."""
+    make_case = next(make for script, make, _ in METHODS.values() if script == stem)
+    case = make_case(args, 2_000)
+    params = jax.eval_shape(lambda: start_carry(case)["state"].params)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
+    online = getattr(args, "online_steps", 0) * getattr(args, "utd", 1)
+    work = args.offline_steps * case.flops(params) if args.offline_steps else 0
+    return args.num_seeds * (work + online * case.flops(params, online=True))
+
+
+PAPER_SIZES = dict(hidden_dims=(512,) * 4, gamma=0.99, online_steps=1_000_000)
+ONLINE = {  # dispatches that act, step a JAX environment and store as well: (script, flags)
+    "GSFlow online, maze": (
+        "gsflow", PAPER_SIZES | dict(env_id="pointmaze-medium", n_step=1, num_candidates=10)
+    ),
+    "FMQ online, maze": (
+        "fmq", PAPER_SIZES | dict(env_id="pointmaze-medium", num_samples=32)
+    ),
+    "SAC Flow online, pendulum": ("sac_flow", dict(env_id="phys2d/Pendulum-v0")),
+}  # fmt: skip
+
+
+def script_of(name):
+    return (METHODS.get(name) or ONLINE[name])[0]
+
+
+def known_methods():
+    return [name for name, (script, *_) in METHODS.items() if (ALGOS / f"{script}.py").is_file()]
+
+
+def known_dispatches():
+    return [n for n in (*METHODS, *ONLINE) if (ALGOS / f"{script_of(n)}.py").is_file()]
+
+
+def dispatch(name, tiny=False, **flags):
+    """One of `known_dispatches` -> (the script's Program, shapes of its carry, updates in one of
+    its iterations); nothing is run."""
+    script = script_of(name)
+    flags |= QUICK[script] if tiny else {}
+    if name in METHODS:
+        case = METHODS[name][1](METHODS[name][2] | flags, 2_000)
+        carry = jax.eval_shape(lambda: start_carry(case))
+        return case.script.Program(case.step, case.data), carry, case.updates
+    script, own = load_script(script), ONLINE[name][1]
+    sizes, found = script.PointMaze("medium").observation_space.shape[0], []
+    patches = dict(  # up to where the training loop would begin
+        load_dataset=lambda task, args: (random_rows(2_000, sizes, 2), "random"),
+        Run=mock.MagicMock(),
+        train_loop=lambda run, carry, phases, *rest: found.append((carry, phases)),
+    )
+    with mock.patch.multiple(script, **patches):
+        script.main(script.Args(**own | flags))
+    (carry, phases), args = found[0], resolve(script, own | flags)
+    for phase in phases:
+        carry = jax.eval_shape(phase.enter, carry)
+    return phases[-1].advance, carry, phases[-1].stride * args.utd
 
 
 # ---- timing ----
@@ -385,14 +455,20 @@ def time_host_env(bench):
 
 # ---- the table ----
 COLUMNS = ("what", "seeds or envs", "ms each", "per second", "x one at a time")
-COLUMNS += ("GFLOP each", "GFLOP/s", "of product rate")
+COLUMNS += ("GFLOP each", "GFLOP/s", "of product rate", "peak MiB")
 
 
-def row(what, count, seconds, ratio="", gflop="", rate="", share=""):
+def row(what, count, seconds, ratio="", gflop="", rate="", share="", peak=""):
     """One line; `seconds` per update of all seeds, per action, or per step of one environment."""
     per_second = f"{1 / seconds:,.0f}" if seconds < 0.01 else f"{1 / seconds:.3g}"
-    cells = (what, count, f"{1e3 * seconds:.3g}", per_second, ratio, gflop, rate, share)
+    cells = (what, count, f"{1e3 * seconds:.3g}", per_second, ratio, gflop, rate, share, peak)
     return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def peak_memory():
+    """MiB that this process has taken of a GPU at most; on a CPU nobody counts them."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return f"{stats['peak_bytes_in_use'] / 2**20:,.0f}" if "peak_bytes_in_use" in stats else ""
 
 
 def measure(name, bench, product_rate):
@@ -400,15 +476,18 @@ def measure(name, bench, product_rate):
     script, make_case, flags = METHODS[name]
     flags = flags | (QUICK[script] if bench.quick else {})
     alone = None
-    for seeds in bench.num_seeds:
+    for seeds in bench.num_seeds if "update" in bench.parts else ():
         case = make_case(flags | dict(num_seeds=seeds), bench.num_rows)
         alone = time_one_at_a_time(case, bench) if alone is None else alone
         params = jax.tree.map(lambda x: x[0], start_carry(case)["state"].params)
         seconds, work = time_dispatched(case, bench), seeds * case.flops(params)
         yield row(
             f"{name} update", seeds, seconds, f"{alone * seeds / seconds:.2f}", f"{work / 1e9:.3g}",
-            f"{work / seconds / 1e9:,.0f}", f"{work / seconds / product_rate:.0%}",
+            f"{work / seconds / 1e9:,.0f}", f"{work / seconds / product_rate:.0%}", peak_memory(),
         )  # fmt: skip
+    if "action" not in bench.parts:
+        return
+    case = make_case(flags | dict(num_seeds=1), bench.num_rows)
     for mode, policy in case.policies.items():
         yield row(f"{name} action {mode}".strip(), 1, time_action(case, policy, bench))
 
@@ -418,21 +497,24 @@ def main(bench):
         bench = dataclasses.replace(
             bench, num_rows=2_000, seconds=0.01, repeats=1, num_envs=10, env_steps=20
         )
-    known = [name for name, (script, *_) in METHODS.items() if (ALGOS / f"{script}.py").is_file()]
+    known = known_methods()
     if unknown := set(bench.methods) - set(known):
         print(f"error: no method {', '.join(unknown)}; there are: {', '.join(known)}")
         return 2
+    if bench.matmul_precision != "default":
+        jax.config.update("jax_default_matmul_precision", bench.matmul_precision)
     rate = matmul_rate(bench)
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
     print(f"float32 product (256, 512) x (512, 512): {rate / 1e9:,.0f} GFLOP/s")
     print("tiny networks: these numbers mean nothing\n" if bench.quick else "")
     print("| " + " | ".join(COLUMNS) + " |")
     print("|" + "---|" * len(COLUMNS))
-    for name in bench.methods or known:
+    for name in bench.methods or (known if {"update", "action"} & set(bench.parts) else ()):
         for line in measure(name, bench, rate):
             print(line, flush=True)
-    print(row("point maze steps, JAX", bench.num_envs, time_jax_env(bench)))
-    print(row("point maze steps, OGBench", 1, time_host_env(bench)), flush=True)
+    if "env" in bench.parts:
+        print(row("point maze steps, JAX", bench.num_envs, time_jax_env(bench)), flush=True)
+        print(row("point maze steps, OGBench", 1, time_host_env(bench)), flush=True)
     return 0
 
 

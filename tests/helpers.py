@@ -77,6 +77,22 @@ def make_carry(gsflow, args, data, nets, settings):
     return dict(state=state, sums=gsflow.zero_sums(learn, {"state": state}, data, settings))
 
 
+def end_of(script, run):
+    """What a run's last checkpoint holds, but for its clock: all arrays by path, step, results."""
+    tree, facts = script.load_checkpoint(run)
+    leaves = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return leaves, {name: facts[name] for name in ("step", "evals")}
+
+
+def assert_same_end(script, *runs):
+    """Two runs ended with the same bytes in every array."""
+    (one, facts), (other, other_facts) = (end_of(script, run) for run in runs)
+    assert facts == other_facts and one.keys() == other.keys()
+    for path, x in one.items():
+        same = x.dtype == other[path].dtype and x.tobytes() == other[path].tobytes()
+        assert same, f"{path} differs: the runs ended elsewhere"
+
+
 def with_changes(args, **changes):
     return dataclasses.replace(args, **changes)
 

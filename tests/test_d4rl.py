@@ -548,10 +548,10 @@ def test_published_settings():
 # ---- data collected here ----
 
 
-def collect(name, directory, workers=2, transitions=2000, seed=0):
+def collect(name, directory, workers=2, transitions=2000, seed=0, options=()):
     command = [sys.executable, str(ROOT / "benchmark" / "collect.py"), f"d4rl/{name}"]
     command += ["--num-transitions", str(transitions), "--workers", str(workers)]
-    command += ["--dataset-dir", str(directory), "--seed", str(seed)]
+    command += ["--dataset-dir", str(directory), "--seed", str(seed), *options]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -598,10 +598,63 @@ def test_collected_files_hold_the_goal(tmp_path):
     assert reached.sum() >= 5 and (data["rewards"] == data["masks"] * -1).all()
 
 
+def test_collected_random_locomotion(tmp_path):
+    """A uniformly random policy scores about 0 by D4RL's reference; only falls are terminal, and
+    where an episode goes on the hopper stands as Gymnasium's rule for it says."""
+    name = "hopper-random-v2"
+    done = collect(name, tmp_path, transitions=4000)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    with h5py.File(d4rl.collected_path(name, tmp_path)) as opened:
+        rows = {key: opened[key][()] for key in KEYS}
+        facts = json.loads(opened.attrs["metadata"])
+    ends = rows["terminals"] | rows["timeouts"]
+    assert not (rows["terminals"] & rows["timeouts"]).any() and rows["timeouts"].sum() == 8
+    assert facts["mean_return"] == pytest.approx(rows["rewards"].sum() / ends.sum())
+    assert abs(d4rl.score(name, facts["mean_return"])) < 3
+    data, source = d4rl.load(name, tmp_path)
+    assert source == f"collected ({name}.collected.hdf5)"
+    assert (data["masks"] == 0).sum() == rows["terminals"].sum() > 50
+    on = data["next_observations"][(data["masks"] == 1)]
+    assert (on[:, 0] > 0.7).all() and (np.abs(on[:, 1]) < 0.2).all()
+    assert np.abs(rows["actions"]).max() <= 1 and rows["actions"].std() == pytest.approx(
+        1 / np.sqrt(3), abs=0.02
+    )
+
+
+@pytest.mark.slow
+def test_collected_policy_and_replay(tmp_path):
+    """Roll-outs of a run's policy, and the run's own replay in D4RL's layout."""
+    run = [sys.executable, str(ROOT / "algos" / "sac_flow.py"), "--env-id", "Hopper-v4"]
+    flags = dict(online_steps=300, learning_starts=100, hidden_dim=8, critic_hidden_dims=8)
+    flags |= dict(batch_size=8, eval_interval=300, eval_episodes=1, out_dir=tmp_path / "runs")
+    run += [x for k, v in flags.items() for x in (f"--{k.replace('_', '-')}", str(v))]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    options = ["--policy", str(run_dir)]
+    files = {}
+    for kind in ("medium", "medium-replay"):
+        done = collect(f"hopper-{kind}-v2", tmp_path, transitions=800, options=options)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        with h5py.File(d4rl.collected_path(f"hopper-{kind}-v2", tmp_path)) as opened:
+            files[kind] = {key: opened[key][()] for key in KEYS}
+        data, _ = d4rl.load(f"hopper-{kind}-v2", tmp_path)
+        on = data["next_observations"][(data["masks"] == 1)]
+        assert (on[:, 0] > 0.7).all() and (np.abs(on[:, 1]) < 0.2).all()
+    assert len(files["medium"]["rewards"]) == 800
+    tree, _ = load_script(ROOT / "algos" / "sac_flow.py").load_checkpoint(run_dir)
+    added = int(tree["replay"]["added"][0])
+    ring = {k: v[0, :added] for k, v in tree["replay"]["rows"].items()}
+    for key, ours in (("observations", "obs"), ("actions", "actions"), ("rewards", "rewards")):
+        np.testing.assert_array_equal(files["medium-replay"][key], ring[ours])
+    np.testing.assert_array_equal(files["medium-replay"]["terminals"], ring["masks"] == 0)
+    assert files["medium-replay"]["timeouts"][-1] != files["medium-replay"]["terminals"][-1]
+
+
 @pytest.mark.parametrize(
     ("name", "part"),
-    [("hopper-medium-v2", "needs a trained policy"), ("antmaze-huge-v2", "unknown D4RL task"),
-     ("pen-human-v1", "only D4RL's antmaze sets are collected")],
+    [("hopper-medium-v2", "needs --policy RUN_DIR"), ("antmaze-huge-v2", "unknown D4RL task"),
+     ("pen-human-v1", "needs demonstrations of a hand"), ("walker2d-best-v2", "unknown D4RL task")],
 )  # fmt: skip
 def test_what_is_not_collected(name, part, tmp_path):
     done = collect(name, tmp_path)

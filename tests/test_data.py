@@ -26,7 +26,7 @@ def collected(gsflow, tmp_path_factory):
     def no_network(*args, **kwargs):
         raise urllib.error.URLError("no network in tests")
 
-    patch.setattr(ogbench, "download_datasets", no_network)
+    patch.setattr(gsflow.urllib.request, "urlopen", no_network)
     patch.setattr(gsflow, "AUTO_COLLECT", NUM_TRANSITIONS)
     task = gsflow.parse_task("cube-single")
     data, source = gsflow.load_dataset(task, flags(gsflow, directory))

@@ -123,9 +123,9 @@ def test_maps_tasks_and_limits(gsflow, maze):
         assert env.action_space == reference.action_space
         assert env.observation_space.shape == reference.observation_space.shape
     assert len(reference.task_infos) == 5
-    with pytest.raises(ValueError):
+    with pytest.raises(IndexError):
         gsflow.PointMaze(maze, 6)
-    with pytest.raises(ValueError):
+    with pytest.raises(KeyError):
         gsflow.PointMaze("tiny")
 
 
@@ -213,7 +213,7 @@ def test_paths_match_oracle_subgoals(gsflow, maze):
 
 
 def test_layout_is_ogbenchs(navigate, tmp_path):
-    assert set(navigate) == {"observations", "actions", "terminals", "qpos", "qvel"}
+    assert set(navigate) == {"observations", "actions", "terminals", "qpos", "qvel", "goals"}
     for key, value in navigate.items():
         assert value.dtype == (bool if key == "terminals" else np.float32), key
         assert value.shape == ((50 * 1001,) if key == "terminals" else (50 * 1001, 2)), key
@@ -277,7 +277,7 @@ def goal_cells(maze_map):
 
 @pytest.fixture(scope="module")
 def with_goals(gsflow):
-    return gsflow.collect_pointmaze("medium", 100_000, seed=3, with_goals=True)
+    return gsflow.collect_pointmaze("medium", 100_000, seed=3)
 
 
 def test_goals_change_when_reached_only(gsflow, with_goals):
@@ -364,5 +364,5 @@ def test_stitch_and_giant_layouts(gsflow):
     assert length[cells[:, :1], cells].max() <= 5
     giant = gsflow.collect_pointmaze("giant", 2_000)
     assert len(giant["terminals"]) == 2001 and giant["terminals"].sum() == 1
-    with pytest.raises(ValueError):
+    with pytest.raises(KeyError):
         gsflow.collect_pointmaze("medium", 1000, dataset_type="explore")

@@ -79,9 +79,12 @@ def test_chunks_modes_and_no_success_on_official_environments(gsflow, args):
     scaled = {
         k: lambda s, o, key, p=p: p(s, o, key).reshape(-1, 2)[:, 0] for k, p in policies.items()
     }
-    results = gsflow.make_evaluate(task, None, scaled, args)(STATE, 7)
+    evaluate = gsflow.make_evaluate(task, None, scaled, args)
+    results, headline = evaluate(STATE, 7), evaluate(STATE, 7, every=False)
     assert list(results) == ["return_single", "length_single", "return_chunk", "length_chunk"]
     assert list(results) == gsflow.metric_names(task, policies)
+    assert list(headline) == ["return_single", "length_single"]
+    np.testing.assert_array_equal(headline["return_single"], results["return_single"])
     assert (results["length_chunk"] == 200).all()
     env = gymnasium.make("Pendulum-v1")
     for mode, horizon in (("single", 1), ("chunk", 3)):

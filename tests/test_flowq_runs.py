@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, load_script
-from helpers import launch, only_run, rows_without_time, start
+from helpers import assert_same_end, launch, only_run, rows_without_time, start
 
 TINY = "--hidden-dims 8 8 --batch-size 16 --flow-steps 2 --eval-episodes 3 --eval-candidates 4"
 TINY += " --log-interval 20 --offline-steps 200 --eval-interval 100 --checkpoint-interval 100"
@@ -52,7 +52,8 @@ def test_a_run_leaves_what_it_should(references, name):
     rows = rows_without_time(run)
     assert [r["step"] for r in rows[::2]] == [str(s) for s in range(20, 201, 20)]
     assert float(rows[0]["train/c_25"]) == 0.75 != float(rows[-1]["train/c_25"])
-    assert rows[-1]["eval/success_n1"] and rows[-1]["eval/success_n4"]
+    assert {r["step"] for r in rows if r["eval/success_n4"]} == {"200"}  # at the end of the phase
+    assert {r["step"] for r in rows if r["eval/success_n1"]} > {"200"}
     args = json.loads((run / "args.json").read_text())["args"]
     unset = ("resume", "evaluate", "dataset", "wandb_project")
     assert None not in [v for k, v in args.items() if k not in unset]
@@ -75,8 +76,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     run = only_run(tmp_path)
     launch(flowq, "--resume", run)
     whole = references[name]
-    checkpoints = [(r / "checkpoint.msgpack").read_bytes() for r in (run, whole)]
-    assert checkpoints[0] == checkpoints[1], "the resumed run ended elsewhere"
+    assert_same_end(flowq, run, whole)
     assert rows_without_time(run) == rows_without_time(whole)
 
 

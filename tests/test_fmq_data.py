@@ -47,7 +47,7 @@ def zero_critic_loss(fmq, batch):
 
 
 def test_window_over_an_episode_end(fmq):  # D1
-    data = fmq.chunk_data(make_raw([0, 0, 1, 0, 0], [-1.0] * 5))
+    data = fmq.device_rows(make_raw([0, 0, 1, 0, 0], [-1.0] * 5))
     batch = draw(fmq, data)
     np.testing.assert_array_equal(batch["valid"], [[1, 1, 1, 0, 0]] * 64)
     assert zero_critic_loss(fmq, batch) == 0
@@ -55,7 +55,7 @@ def test_window_over_an_episode_end(fmq):  # D1
 
 def test_window_that_ends_at_success(fmq):  # D1
     raw = make_raw([0, 0, 0, 0, 1], [-1.0] * 4 + [0.0], [1, 1, 1, 1, 0])
-    batch = draw(fmq, fmq.chunk_data(raw))
+    batch = draw(fmq, fmq.device_rows(raw))
     np.testing.assert_array_equal(batch["valid"], np.ones((64, 5)))
     np.testing.assert_allclose(batch["returns"], -3.940399, atol=1e-6)
     np.testing.assert_array_equal(batch["discounts"], 0)
@@ -63,7 +63,7 @@ def test_window_that_ends_at_success(fmq):  # D1
 
 
 def test_endless_cost(fmq):  # D2
-    batch = draw(fmq, fmq.chunk_data(make_raw([0] * 7, [-1.0] * 7)))
+    batch = draw(fmq, fmq.device_rows(make_raw([0] * 7, [-1.0] * 7)))
     np.testing.assert_allclose(batch["returns"], -4.90099501, atol=1e-5)
     np.testing.assert_allclose(batch["discounts"], 0.95099005, atol=1e-6)
     np.testing.assert_allclose(batch["returns"] + batch["discounts"] * -100, -100, atol=1e-4)
@@ -77,7 +77,7 @@ def test_starts_are_those_of_a_first_in_first_out_ring(fmq, pool):  # D3
     """At every fill level: uniform over the live rows but the last H - 1 of each block, and no
     window with rows that were not written one after another."""
     num_data, capacity, block = 23, 20, 5
-    data = fmq.chunk_data(make_raw([0] * num_data, [0.0] * num_data))
+    data = fmq.device_rows(make_raw([0] * num_data, [0.0] * num_data))
     replay = fmq.make_replay(capacity, 1, 1)
     insert = jax.jit(fmq.insert)
     live = list(range(-num_data, 0))  # row numbers; the dataset's are negative
@@ -270,23 +270,26 @@ def test_chunks_run_open_loop_and_end_with_the_episode(fmq, monkeypatch, host):
         np.testing.assert_array_equal(rows["next_obs"][seed, :, 0], next_obs)
         np.testing.assert_array_equal(rows["terminals"][seed], ends)
         np.testing.assert_array_equal(rows["masks"][seed], 1)  # time limits bootstrap
-    np.testing.assert_array_equal(carry["sums"]["episodes"], [STEPS // LIMIT] * 2)
-    np.testing.assert_array_equal(carry["sums"]["return"], [-28 * (STEPS // LIMIT)] * 2)
+    ended = STEPS // LIMIT
+    np.testing.assert_array_equal(carry["sums"]["online/return"], [[-28 * ended, ended]] * 2)
     assert history == [0, 0, 5, 10, 15, 20, 25, 30]  # none before step 10, then one per step
-    np.testing.assert_array_equal(carry["sums"]["count"], [30, 30])
+    np.testing.assert_array_equal(carry["sums"]["train/fmq_loss"][:, 1], [30, 30])
     # the frozen actor is the one that the phase began with; the one in training has moved on
     same = lambda a, b: all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))
     assert same(carry["state"].offline_actor, before["state"].params["actor"])
     assert not same(carry["state"].params["critic"], before["state"].params["critic"])
     assert carry["state"].pessimistic.all() and not before["state"].pessimistic.any()
     names = "critic_loss q td_target diagonal_loss consistency_loss fmq_loss radius disagreement"
-    assert set(before["sums"]["train"]) == {*names.split(), "drift", "grad_norm"}
+    names = {f"train/{name}" for name in (*names.split(), "drift", "grad_norm")}
+    assert set(before["sums"]) == names | {"online/return", "online/success"}
 
 
 def test_a_flag_decides_how_critics_are_joined_online(fmq):
     def agg(**flags):
         args = fmq.resolve(fmq.Args(**flags), fmq.parse_task("pointmaze-medium"))
-        return fmq.online_agg(args)
+        state = fmq.TrainState(**dict.fromkeys(fmq.TrainState.__dataclass_fields__))
+        state = state.replace(params={"actor": np.ones(3)}, pessimistic=np.zeros(2, bool))
+        return "min" if fmq.begin_online(state, args).pessimistic.all() else "mean"
 
     assert agg() == "min" and agg(online_objective="mvp") == "mean" == agg(actor="flow")
     assert agg(q_agg_online="mean") == "mean"

@@ -250,8 +250,7 @@ def test_completion_keeps_the_spread(fmq):  # T5
     x = MU * 0.6 + sigma(0.6) * jnp.asarray([[-0.5], [0.5]])  # inside the box at the end
     for completion, expected in (("flowmap", 0.3), ("diagonal", 0.123109)):
         args = make_args(fmq, horizon=1, qgbs_completion=completion)
-        np.testing.assert_allclose(fmq.renoising_time(args), 0.6, rtol=1e-6)
-        ends = fmq.complete({"actor": None}, networks(fmq, exact_u), args, None, x)
+        ends = fmq.complete({"actor": None}, networks(fmq, exact_u), args, None, x, 0.6)
         np.testing.assert_allclose(ends[1] - ends[0], expected, atol=1e-5)
         np.testing.assert_allclose(ends.mean(), MU, atol=1e-5)
 
@@ -568,7 +567,7 @@ def test_flow_sampler_is_ten_euler_steps(fmq):
     np.testing.assert_allclose(ours, np.clip(expected, -1, 1), atol=1e-5)
     # from t' onwards, as beam search completes: the exact flow of a constant velocity
     constant = networks(fmq, lambda p, o, x, r, t: jnp.full_like(x, 0.2))
-    end = fmq.endpoint({"actor": None}, constant, args, obs, jnp.zeros((5, 4)), 0.6)
+    end = fmq.sample_chunk({"actor": None}, constant, args, obs, jnp.zeros((5, 4)), 0.6)
     np.testing.assert_allclose(end, 0.08, atol=1e-6)
 
 
@@ -607,16 +606,19 @@ def test_beam_search_step_by_step(fmq):
     assert all(value(ours) >= value(chunk) - 1e-5 for chunk in beam)
 
 
-def test_beam_search_steps_up_a_linear_critic(fmq):
-    args = make_args(fmq, qgbs_rounds=0)
-    before = jnp.asarray([[0.1, -0.2], [0.0, 0.3]])
-    step = functools.partial(fmq.critic_step, {"critic": None}, networks(fmq, critic=linear_critic))
-    np.testing.assert_allclose((step(args, None, before) - before) @ C, [1.5, 1.5], atol=1e-5)
-    # without rounds the step is still taken once
-    still = lambda p, o, x, r, t: 0.1 - x
-    nets = networks(fmq, still, linear_critic)
-    chunk = fmq.beam_search(dict(actor=None, critic=None), nets, args, None, 2, jax.random.key(0))
-    np.testing.assert_allclose(chunk, 0.1 + 0.3 * C / 5, atol=1e-5)
+@pytest.mark.parametrize("rounds,steps", [(0, 1), (1, 1), (2, 2)])
+def test_beam_search_steps_up_a_linear_critic(fmq, rounds, steps):
+    """A step of length eta_q raises Q = c a by eta_q |c|; without rounds it is still taken once.
+    Jumps that all end at one point, from t' at where they start: only these steps move a chunk."""
+    args = make_args(fmq, qgbs_rounds=rounds)
+    back = lambda p, o, x, r, t: jnp.where(r == 0, 0.1 - x, 0.0)
+    nets, params, chunks = networks(fmq, back, linear_critic), dict(actor=None, critic=None), {}
+    for eta in (0.0, 0.3):
+        own = with_changes(args, qgbs_eta=eta, qgbs_snr=1e9)  # t' = 1: nothing is renoised
+        chunks[eta] = fmq.beam_search(params, nets, own, None, 2, jax.random.key(0))
+    np.testing.assert_allclose(chunks[0.0], [0.1, 0.1], atol=1e-5)
+    np.testing.assert_allclose((chunks[0.3] - chunks[0.0]) @ C, 1.5 * steps, atol=1e-4)
+    np.testing.assert_allclose(chunks[0.3], 0.1 + 0.3 * steps * C / 5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

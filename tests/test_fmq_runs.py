@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, load_script
-from helpers import launch, only_run, rows_without_time, start
+from helpers import assert_same_end, launch, only_run, rows_without_time, start
 
 MODES = ("best_of_n", "one_step", "qgbs")
 TINY = "--hidden-dims 8 8 --batch-size 16 --num-samples 2 --learning-starts 20 --horizon 4"
@@ -50,8 +50,9 @@ def test_a_run_leaves_what_it_should(fmq, reference):
     rows = rows_without_time(reference)
     assert [r["step"] for r in rows[::2]] == ["40", "80", "120", "140", "160", "200", "240"]
     offline, online = rows[0], rows[-1]
-    assert float(offline["train/diagonal_loss"]) > 0 == float(offline["train/fmq_loss"])
-    assert float(online["train/diagonal_loss"]) == 0 < float(online["train/fmq_loss"])
+    # what only the other phase has is left out
+    assert float(offline["train/diagonal_loss"]) > 0 and offline["train/fmq_loss"] == ""
+    assert float(online["train/fmq_loss"]) > 0 and online["train/diagonal_loss"] == ""
     assert 0 < float(online["train/radius"]) <= 2 and float(online["train/drift"]) > 0
     state = carry_of(fmq, reference)["state"]
     np.testing.assert_array_equal(state["step"], [220, 220])  # online, none in the first 20 steps
@@ -90,8 +91,7 @@ def test_killed_and_resumed_equals_uninterrupted(fmq, reference, data_dir, tmp_p
     assert process.returncode == 0 or "is complete" in err, err
     assert done >= 1
     runs = only_run(directory), reference
-    same = [(run / "checkpoint.msgpack").read_bytes() for run in runs]
-    assert same[0] == same[1], "the resumed run ended elsewhere"
+    assert_same_end(fmq, *runs)
     assert rows_without_time(runs[0]) == rows_without_time(runs[1])
 
 
@@ -137,6 +137,18 @@ def test_two_branches_from_one_offline_checkpoint(fmq, data_dir, tmp_path):
         _, err = launch(fmq, "--resume", branch, "--eta", 0.5, "--online-steps", 160, code=2)
         assert "--eta was 2.0" in err and "cannot change" in err
     assert not any(np.array_equal(a, b) for a, b in zip(*ends.values(), strict=True))
+
+
+@pytest.mark.slow
+def test_start_from_equals_one_go(fmq, reference, data_dir, tmp_path):
+    """Offline alone, then a new run from its end, against both phases at once."""
+    flags = [*TINY, *STEPS, "--dataset-dir", data_dir, "--online-steps", 0, "--num-seeds", 2]
+    launch(fmq, *flags, out_dir=tmp_path / "offline")
+    run = only_run(tmp_path / "offline")
+    launch(fmq, "--start-from", run, "--online-steps", 120, out_dir=tmp_path / "online")
+    new = only_run(tmp_path / "online")
+    assert_same_end(fmq, reference, new)
+    assert rows_without_time(reference) == rows_without_time(run) + rows_without_time(new)
 
 
 @pytest.mark.slow

@@ -56,7 +56,8 @@ def train(args, task):
         with open(directory / "steps.txt", "a") as file:
             print(step, file=file)
         checkpoint.write_text(str(step + 1))
-        print("step", step, os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+        memory = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION")
+        print("step", step, os.environ.get("CUDA_VISIBLE_DEVICES"), memory, flush=True)
         if stop:
             sys.exit(143)
     (directory / "result.json").write_text("{}")
@@ -181,6 +182,34 @@ def test_runs_and_skips_what_is_finished(launch, tmp_path):
     assert all(line.startswith("# finished: ") for line in call(command[:-2]).stdout.splitlines())
     facts = json.loads(next(tmp_path.glob("runs/fake/toy/0-*/launch.json")).read_text())
     assert facts["label"] == "fake" and "--seed" in facts["flags"]
+
+
+def devices_of(tmp_path, label="fake"):
+    """{seed: (CUDA_VISIBLE_DEVICES, share of the memory)} as the runs saw them."""
+    logs = {p.parent.name[0]: p.read_text() for p in tmp_path.glob(f"runs/{label}/*/*/log.txt")}
+    return {seed: re.search(r"step 0 (\S+) (\S+)", log).groups() for seed, log in logs.items()}
+
+
+def test_runs_that_share_a_device_share_its_memory(launch, tmp_path):
+    command = launch("--algos", "fake --pace 0.2", "--seeds", *range(4), "--devices", 4, 5)
+    assert call([*command, "--workers", "4"]).returncode == 0
+    seen = devices_of(tmp_path)
+    assert seen == {"0": ("4", "0.450"), "1": ("5", "0.450"), "2": ("4", "0.450"),
+                    "3": ("5", "0.450")}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("devices", "own", "share"),
+    [((), {}, "0.450"), (("0", "1"), {}, "None"), ((), {"XLA_CLIENT_MEM_FRACTION": ".2"}, "None")],
+)
+def test_memory_is_limited_only_where_it_must_be(launch, tmp_path, devices, own, share):
+    """Two runs on one device share it, on two they do not; the user's own limit stays."""
+    words = ["--algos", "fake", "--seeds", 0, 1, "--workers", 2]
+    words += ["--devices", *devices] if devices else []
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "CUDA_VISIBLE_DEVICES")
+    env = {k: v for k, v in os.environ.items() if k not in names} | own
+    assert call(launch(*words), env=env).returncode == 0
+    assert {memory for _, memory in devices_of(tmp_path).values()} == {share}
 
 
 def test_failure_stops_nothing_else_and_is_listed(launch, tmp_path):
@@ -386,6 +415,52 @@ def test_slurm_script(launch, tmp_path):
         done = call(["bash", file], env=os.environ | {"SLURM_ARRAY_TASK_ID": str(index)})
         assert done.returncode == 0, done.stdout + done.stderr
     assert steps(tmp_path) == {"x-1": ["0", "1"], "x-0": ["0", "1"]}
+
+
+def test_slurm_elements_of_several_runs(launch, tmp_path):
+    """Four runs per element on two GPUs; the devices are those that SLURM gave."""
+    file = tmp_path / "jobs.sh"
+    words = ["--algos", "fake --pace 0.1", "--seeds", *range(5), "--slurm", file]
+    assert call(launch(*words, "--workers", 4, "--devices", 0, 1)).returncode == 0
+    text = file.read_text()
+    assert "#SBATCH --array=0-1\n" in text and "#SBATCH --gpus=2\n" in text
+    assert "#SBATCH --cpus-per-task=32\n" in text and "#SBATCH --mem=128G\n" in text
+    assert not re.search(r"@[A-Z]+@", text)
+    for index, runs in ((0, 4), (1, 5)):
+        own = {"SLURM_ARRAY_TASK_ID": str(index), "CUDA_VISIBLE_DEVICES": "6,7"}
+        done = call(["bash", file], env=os.environ | own)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(steps(tmp_path)) == runs
+    seen = devices_of(tmp_path)
+    assert seen.pop("4") == ("6", "None")  # alone in its element
+    assert sorted(seen.values()) == [("6", "0.450")] * 2 + [("7", "0.450")] * 2
+
+
+@pytest.mark.slow
+def test_plan_counts_what_runs_would_cost(tmp_path):
+    algos = ["gsflow", "fql=gsflow --prior gaussian --student deterministic"]
+    words = ["--algos", *algos, "--tasks", "antmaze-large", "--seeds", "0", "1", "--out", tmp_path]
+    words += [
+        "--plan",
+        "--gpus",
+        "2",
+        "--tflops",
+        "100",
+        "--share",
+        "0.5",
+        "--",
+        "--num-seeds",
+        "3",
+    ]
+    done = call([sys.executable, LAUNCH, *words])
+    assert done.returncode == 0, done.stderr
+    rows = [[x.strip() for x in r.split("|")[1:-1]] for r in done.stdout.splitlines() if "|" in r]
+    costs = {row[0]: row[1:] for row in rows[2:]}
+    # a million updates of three seeds: 61.8 and 12.0 GFLOP each (tests/test_speed.py)
+    assert costs["gsflow"] == ["2", "185", f"{2 * 3 * 61.8e15 / 50e12 / 3600:,.1f}"]
+    assert costs["fql"][:2] == ["2", "36"] and costs["all"][0] == "4"
+    assert "counted, not measured" in done.stdout and "hours on 2 GPUs" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 # ---- commands in files ----

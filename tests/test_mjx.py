@@ -7,6 +7,7 @@ import inspect
 import json
 import shutil
 import sys
+import types
 
 import gymnasium
 import jax
@@ -267,8 +268,9 @@ def test_evaluation_runs_in_one_program(gsflow):
     env = mjx_tasks.make_env(MAZE, "post")
     env.max_episode_steps = 3
     env.start_xy, env.official._goal_tol = env.goal_xy, 1.0  # three quarters of the starts
-    run = jax.jit(lambda key: gsflow.evaluate_jax(env, lambda obs, key: jnp.zeros(8), key, 12))
-    result = jax.device_get(run(jax.random.key(0)))
+    still, state = lambda state, obs, key: jnp.zeros(8), types.SimpleNamespace(seed=0)
+    run = jax.jit(lambda step: gsflow.evaluate_jax(env, 12, still, state, step))
+    result = jax.device_get(run(0))
     early = result["success"] == 1
     assert early.any() and not early.all()
     assert (result["length"][early] == 1).all() and (result["length"][~early] == 3).all()

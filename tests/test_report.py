@@ -214,6 +214,17 @@ def test_curves_by_step_and_seconds(tmp_path):
     np.testing.assert_allclose(values, [[0.5, 0.25], [1.0, 0.5]])
 
 
+def test_headline_leaves_the_first_mode_of_each_method(tmp_path):
+    scores = {"success_best_of_n": [0.5], "success_one_step": [0.25]}
+    make_run(tmp_path, "a", [0], scores, source="generated")
+    groups = report.group_runs(report.read_runs([tmp_path]))
+    for headline, count in ((False, 2), (True, 1)):
+        args = report.Args(headline=headline, resamples=50)
+        (section,) = report.make_sections(groups, dict(results=[]), args)[0]
+        assert len(section.curves) == count and "best_of_n" in section.curves[0].name
+        assert len(section.rows) == 2
+
+
 # ---- steps to a target ----
 def make_curve(root, label, seed, values, **settings):
     """A run of one seed that is evaluated at steps 10, 20, ..., each after as many seconds / 2."""

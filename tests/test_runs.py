@@ -10,9 +10,10 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import finish, launch, only_run, rows_without_time, start
+from helpers import assert_same_end, finish, launch, only_run, rows_without_time, start
 
 TINY = "--hidden-dims 8 8 --prior-hidden-dims 8 --batch-size 16 --num-candidates 2 --flow-steps 2"
 TINY = (TINY + " --eval-episodes 3 --updates-per-dispatch 20").split()
@@ -85,10 +86,7 @@ def test_killed_and_resumed_equals_uninterrupted(gsflow, reference, data_dir, tm
     kills = int(os.environ.get("CLEANFLOW_KILLS", 1))
     assert kill_and_resume(flags, tmp_path / "killed", kills, random.Random(0)) >= 1
     run = only_run(tmp_path / "killed")
-    same = (run / "checkpoint.msgpack").read_bytes() == (
-        reference / "checkpoint.msgpack"
-    ).read_bytes()
-    assert same, "the resumed run ended elsewhere"
+    assert_same_end(gsflow, run, reference)
     assert rows_without_time(run) == rows_without_time(reference)
 
 
@@ -221,6 +219,81 @@ def test_more_online_steps_on_resume_equal_a_longer_run(gsflow, reference, short
     assert_same_tree(load(reference)[0], load(run)[0])
 
 
+def test_start_from_equals_one_go(gsflow, reference, tmp_path):
+    """Offline alone, then a new run from its end: the bytes of both phases at once, and the rows of
+    its phase. The old run stays as it was."""
+    offline = [*BOTH_PHASES, "--num-seeds", 2, "--online-steps", 0]
+    launch(gsflow, *offline, out_dir=tmp_path / "offline")
+    run = only_run(tmp_path / "offline")
+    assert (run / "offline.msgpack").read_bytes() == (run / "checkpoint.msgpack").read_bytes()
+    before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    launch(gsflow, "--start-from", run, "--online-steps", 200, out_dir=tmp_path / "online")
+    assert before == {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    new = only_run(tmp_path / "online")
+    assert_same_end(gsflow, new, reference)
+    rows = rows_without_time(reference)
+    assert rows_without_time(new) == [r for r in rows if r["phase"] == "online"]
+    args = json.loads((new / "args.json").read_text())["args"]
+    assert args["start_from"] == str(run) and args["offline_steps"] == 200
+    launch(gsflow, "--resume", new, "--online-steps", 220)  # as any run
+    assert rows_without_time(new)[-1]["step"] == "420"
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        ("--start-from {bare}", "no intact offline.msgpack in {bare}"),
+        ("--start-from {run} --actor-hidden-dims 9 9", "does not fit the arguments: ['state']"),
+        ("--start-from {run} --offline-steps 300", "--offline-steps was 200"),
+        ("--start-from {run} --seed 5", "--seed was 0"),
+        ("--start-from {run} --online-steps 0", "is complete at step 200: add steps"),
+    ],
+)
+def test_start_from_is_refused(gsflow, reference, tmp_path, capsys, flags, message):
+    """One sentence, no run directory."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(reference / "args.json", bare)
+    places = dict(run=reference, bare=bare)
+    flags = [*flags.format(**places).split(), "--out-dir", str(tmp_path / "runs")]
+    assert gsflow.command_line(gsflow.main, gsflow.Args, flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and message.format(**places) in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_seed_that_diverges_leaves_the_others_alone(gsflow, tmp_path, capsys, monkeypatch):
+    """It is named once, its metrics are empty from there on, and results are the others'."""
+    make_update = gsflow.make_update
+
+    def poisoned(nets, args):
+        def update(state, *rest):
+            state, info = make_update(nets, args)(state, *rest)
+            bad = (state.seed == 1) & (state.step > 50)
+            params, info = jax.tree.map(lambda x: jnp.where(bad, jnp.nan, x), (state.params, info))
+            return state.replace(params=params), info
+
+        return update
+
+    monkeypatch.setattr(gsflow, "make_update", poisoned)
+    monkeypatch.setattr(gsflow.signal, "signal", lambda *_: None)
+    flags = [*BANDIT, "--offline-steps", 100, "--eval-interval", 100, "--num-seeds", 3]
+    flags = [*map(str, flags), "--out-dir", str(tmp_path)]
+    assert gsflow.command_line(gsflow.main, gsflow.Args, flags) == 0
+    run, out = only_run(tmp_path), capsys.readouterr().out
+    result = json.loads((run / "result.json").read_text())
+    assert out.count("seed 1 diverged before step") == 1 == out.count("diverged")
+    assert result["seeds"] == [0, 2] and list(result["diverged"]) == ["1"]
+    assert 51 <= result["diverged"]["1"] <= 60
+    assert np.shape(result["episodes"]["return"]) == (2, 3)
+    returns = np.mean(result["episodes"]["return"])
+    assert np.isclose(result["eval/return"], returns) and f"return {returns:.2f}" in out
+    for row in rows_without_time(run):
+        known = {k for k, v in row.items() if v} - {"step", "phase", "seed"}
+        assert bool(known) == (row["seed"] != "1" or int(row["step"]) < 60)
+    assert [r["eval/return"] != "" for r in rows_without_time(run)[-3:]] == [True, False, True]
+
+
 def test_two_processes_do_not_write_one_run(gsflow, reference, tmp_path, capsys):
     run = shutil.copytree(reference, tmp_path / "run")
     with open(run / ".lock", "w") as file:
@@ -266,15 +339,21 @@ def test_damaged_checkpoints_are_noticed(gsflow, reference, tmp_path, capsys):
     assert_same_tree(before, after)
 
 
-def test_disk_full_leaves_the_checkpoint_before(gsflow, tmp_path, monkeypatch):
+def test_disk_full_leaves_the_checkpoint_before(gsflow, tmp_path, monkeypatch, capsys):
+    """The sentence names the remedy and the run, also of a failure that no file is known of."""
     gsflow.save_checkpoint(tmp_path, {"x": np.arange(3)}, {"step": 1})
+
+    def main(args):
+        gsflow.Run.dir = tmp_path
+        gsflow.save_checkpoint(tmp_path, {"x": np.arange(4)}, {"step": 2})
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(gsflow.UserError, match="No space left on device; free some space"):
-        gsflow.save_checkpoint(tmp_path, {"x": np.arange(4)}, {"step": 2})
+    assert gsflow.command_line(main, gsflow.Args, []) == 2
+    reason = "No space left on device; free some space, then --resume"
+    assert capsys.readouterr().err == f"error: cannot use {tmp_path}: {reason} {tmp_path}\n"
     tree, facts = gsflow.load_checkpoint(tmp_path)
     assert facts["step"] == 1 and len(tree["x"]) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.msgpack"]
@@ -308,7 +387,7 @@ BAD_FLAGS = {
     "nan rate": ("--learning-rate nan", "--learning-rate is nan"),
     "negative alpha": ("--alpha -1", "--alpha is -1"),
     "std range": ("--log-std-min 1", "--log-std-min must not exceed"),
-    "temperature": ("--init-temperature 0", "--init-temperature be above 0"),
+    "temperature": ("--init-temperature 0", "--init-temperature must be above 0"),
     "soft backup": ("--soft-backup", "add --offline-td-temperature 1"),
     "soft, fql": ("--soft-backup --student deterministic", "needs the Gaussian student"),
     "num envs": ("--online-steps 10 --num-envs 3", "must be a multiple of --num-envs"),
@@ -316,9 +395,10 @@ BAD_FLAGS = {
     "toy on host": ("--env-id multi-crescent --env-backend host", "has no host environment"),
     "resume nothing": ("--resume nowhere", "not a run directory"),
     "evaluate nothing": ("--evaluate nowhere", "not a run directory"),
-    "empty resume": ("--resume=", "need the directory of a run"),
+    "empty resume": ("--resume=", "'' is not a run directory"),
+    "empty evaluate": ("--evaluate=", "'' is not a run directory"),
     "big seed": ("--seed 3000000000", "--seed is 3000000000, but must be between"),
-    "last seed": ("--seed 2147483647 --num-seeds 2", "must stay below 2^31"),
+    "last seed": ("--seed 2147483647 --num-seeds 2", "must be between 0 and 2147483646"),
     "no task file": ("--env-id nowhere.py:x", "cannot load nowhere.py"),
     "no data file": ("--dataset nowhere.npz", "cannot read nowhere.npz"),
     "gymnasium without data": ("--env-id Hopper-v5", "give --dataset FILE.npz"),
@@ -424,6 +504,7 @@ def test_out_dir_that_is_a_file(gsflow, tmp_path, capsys):
         ("--resume {run} --seed 5", "--seed was 0"),
         ("--resume {run} --offline-steps 300", "--offline-steps was 200"),
         ("--resume {run}", "is complete at step 400"),
+        ("--resume {run} --start-from {run}", "--start-from was ''"),
         ("--evaluate {run} --hidden-dims 9", "--hidden-dims was (8, 8)"),
     ],
 )
@@ -455,7 +536,7 @@ def test_checkpoint_of_another_method_or_network(gsflow, reference, tmp_path, ca
     facts = json.loads((reference / "args.json").read_text())
     for changes, message in (
         ({"algo": "flowq"}, "is a run of flowq.py"),
-        ({"args": facts["args"] | {"actor_hidden_dims": [9]}}, "does not fit its args.json"),
+        ({"args": facts["args"] | {"actor_hidden_dims": [9]}}, "does not fit the arguments"),
         ({"args": {}}, "damaged or of another version"),
     ):
         (tmp_path / "args.json").write_text(json.dumps(facts | changes))

@@ -26,10 +26,10 @@ def make_args(sac, env_id="Hopper-v4", action_scale=1.0, **flags):
 
 def make_actor(sac, args, obs_dim, act_dim, seed=0, moved=True):
     """(networks, params, stats) of the actor, by default moved away from special initial values."""
-    init = jax.jit(functools.partial(sac.init_params, args, obs_dim, act_dim))
-    params, stats = init(jax.random.key(seed))
+    nets = sac.make_networks(args, act_dim)
+    params, stats = jax.jit(nets.init, static_argnums=0)(obs_dim, jax.random.key(seed))
     actor = random_params(params["actor"], seed, 0.1) if moved else params["actor"]
-    return sac.make_networks(args, act_dim), actor, stats["actor"]
+    return nets, actor, stats["actor"]
 
 
 def step_velocity(nets, params, stats, obs, x, t, k, train=False):
@@ -81,7 +81,7 @@ def test_log_prob_is_a_sum_of_gaussian_log_densities(sac, policy, noise, drift):
         assert 0.1 < np.abs(u).max() < 12
         expected = -np.log(0.4 * (1 - np.tanh(u) ** 2))
         if policy == "gaussian":
-            (mean, log_std), _ = nets.gaussian(params, stats, obs)
+            (mean, log_std), _ = nets.context(params, stats, obs)
             expected += normal_logpdf(u, mean, np.exp(np.asarray(log_std, np.float64)))
         else:
             expected += normal_logpdf(path.x[0], 0.0, 1.0)
@@ -199,7 +199,7 @@ def test_deterministic_action(sac):
 SIZES = {
     ("Hopper-v4", "flow-g"): (325_765, 2_140_218),
     ("Hopper-v4", "flow-t"): (236_308, 2_140_218),
-    ("Hopper-v4", "mlp"): (273_956, 2_140_218),
+    ("Hopper-v4", "mlp"): (273_954, 2_140_218),
     ("Hopper-v4", "gaussian"): (267_526, 1_592_322),
     ("cube-triple", "flow-g"): (863_282, 1_658_882),
     ("cube-triple", "flow-t"): (425_433, 1_658_882),
@@ -210,8 +210,8 @@ SIZES = {
 @pytest.mark.parametrize("env_id,policy", SIZES)
 def test_parameter_counts(sac, env_id, policy):
     args = make_args(sac, env_id, policy=policy)
-    sizes = (11, 3) if env_id == "Hopper-v4" else (46, 5)
-    init = functools.partial(sac.init_params, args, *sizes)
+    obs_dim, act_dim = (11, 3) if env_id == "Hopper-v4" else (46, 5)
+    init = functools.partial(sac.make_networks(args, act_dim).init, obs_dim)
     params, _ = jax.eval_shape(init, jax.random.key(0))
     assert (count(params["actor"]), count(params["critic"])) == SIZES[env_id, policy]
 
@@ -274,7 +274,8 @@ def test_gate_is_open_at_first(sac, env_id):
     """v = 0.9933071 (vhat - x) for any input."""
     args = make_args(sac, env_id, policy="flow-g", hidden_dim=16, horizon_length=1)
     _, params, stats = make_actor(sac, args, 5, 3, moved=False)
-    module = sac.make_modules(args, 3)["actor"]
+    norm, learned = ("brn", True) if args.mode == "online" else ("none", False)
+    module = sac.GatedVelocity(3, 16, args.flow_steps, norm, learned, False)
     obs, x = 10 * jax.random.normal(jax.random.key(1), (2, 7, 5))
     x, t = x[:, :3], jnp.full((1, 1), 0.5)
 
@@ -295,7 +296,9 @@ def test_gate_is_open_at_first(sac, env_id):
 
 def test_learned_noise_bounds(sac):
     """l in [-5, 2], -1.5 for a head of 0: deviation 0.223 (flow-g), a quarter of it (flow-t)."""
-    assert np.allclose(sac.bound_log_std(jnp.asarray([-50.0, 0.0, 50.0])), [-5, -1.5, 2])
+    policy = sac.NaiveVelocity(3, 16, 4, "brn", True, False)
+    outputs = policy.log_std(lambda x: 2 * x, jnp.asarray([-25.0, 0.0, 25.0]))
+    assert np.allclose(outputs, [-5, -1.5, 2])
     for policy, k in (("flow-g", 1), ("mlp", 1), ("flow-t", 4)):
         args = make_args(sac, policy=policy, **SMALL)
         nets, params, stats = make_actor(sac, args, 5, 3, moved=False)
@@ -408,6 +411,37 @@ def test_calls_are_counted_as_the_method_makes_them(sac):
             assert leaf == number, (policy, name)
         *_, same = sample(params, stats)
         jax.tree.map(np.testing.assert_array_equal, same, stats)
+
+
+@pytest.mark.parametrize("renorm_time", [False, True])
+def test_naive_velocity_acts_on_the_times_of_its_training(sac, renorm_time):
+    """Running statistics of one batch, seen often enough, give in acting what they give in
+    training. As released they do not: time is constant in a batch, so training sees 0 for each,
+    and acting, by a running variance of 0, -12 at the first step and +12 at the last."""
+    args = make_args(sac, policy="mlp", renorm_time=renorm_time, **SMALL)
+    nets, params, stats = make_actor(sac, args, 5, 3)
+    obs, x = jax.random.normal(jax.random.key(1), (2, 64, 5))
+    times = jnp.arange(4.0)[:, None, None] / 4
+
+    def rollouts(_, stats):
+        for k in range(4):
+            inputs = obs, x[:, :3], times[k], k
+            _, stats = nets.velocity(params, stats, *inputs, train=True)
+        return stats
+
+    stats = jax.jit(lambda s: jax.lax.fori_loop(0, 400, rollouts, s))(stats)
+    outputs = {}
+    for train in (False, True):
+        step = functools.partial(nets.velocity, params, stats, obs, x[:, :3], train=train)
+        outputs[train] = jnp.stack([jax.jit(step)(times[k], k)[0][0] for k in (0, 3)])
+    gap = np.abs(outputs[True] - outputs[False]).max()
+    if renorm_time:
+        mean, var = (stats["norm"]["BatchRenorm_0"][k][-1] for k in ("mean", "var"))
+        seen = (times[jnp.asarray([0, 3]), 0, 0] - mean) / jnp.sqrt(var + 1e-3)
+        np.testing.assert_allclose(seen, [-12, 12], atol=0.5)
+        assert gap > 1
+    else:
+        assert gap < 1e-3
 
 
 # ---- gradients along the rollout ----

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_script
 from gymnasium.experimental.functional import FuncEnv
-from helpers import launch, only_run, rows_without_time
+from helpers import assert_same_end, launch, only_run, rows_without_time
 from test_sac_flow_policies import step_gradients
 
 PENDULUM = "phys2d/Pendulum-v0"
@@ -70,6 +70,27 @@ def test_tasks_with_data_are_offline_to_online(sac):
     hopper = sac.parse_task("Hopper-v5")
     own = sac.Args(env_id="Hopper-v5", dataset="own.npz")
     assert sac.resolve(own, hopper).mode == "offline-to-online"
+
+
+def test_tasks_with_data_from_scratch(sac, monkeypatch, tmp_path):
+    """--mode online: the settings of scratch, single actions, and no data is looked for."""
+    cube = sac.Args(env_id="cube-double", mode="online", sparse=True)
+    args = sac.resolve(cube, sac.parse_task("cube-double"))
+    assert (args.policy, args.critic, args.noise, args.sparse) == ("flow-g", "brn", "learned", True)
+    assert (args.horizon_length, args.offline_steps, args.beta) == (1, 0, 0.0)
+    assert (args.online_steps, args.learning_starts) == (1_000_000, 50_000)
+
+    def load(task, args):
+        raise AssertionError("data was asked for")
+
+    monkeypatch.setattr(sac, "load_dataset", load)
+    monkeypatch.setattr(sac, "StopSignal", lambda: SimpleNamespace(number=None))
+    flags = [*FLAGS, "--env-id", "pointmaze-medium", "--mode", "online", "--online-steps", 60]
+    flags += ["--learning-starts", 20, "--eval-episodes", 1, "--out-dir", tmp_path]
+    assert sac.command_line(sac.main, sac.Args, [*map(str, flags)]) == 0
+    result = json.loads((only_run(tmp_path) / "result.json").read_text())
+    assert result["dataset_source"] == "none: online from scratch" and result["steps"] >= 60
+    assert "eval/success_stochastic" in result
 
 
 @pytest.mark.parametrize(
@@ -217,7 +238,7 @@ def test_ends_of_episodes(sac, counting_envs, backend, num_envs):
         carry = phase.enter(carry)
         carry = phase.advance(carry, (phase.end - phase.start) // phase.stride)
         if phase.name == "warm-up":
-            assert np.isnan(carry["recent"]).all() and (carry["sums"]["episodes"] == 0).all()
+            assert np.isnan(carry["recent"]).all() and (carry["sums"]["online/return"] == 0).all()
             assert (carry["state"].step == 0).all()
             carry = jax.tree.map(jnp.copy, carry)
     assert (carry["state"].step == 112).all()
@@ -225,8 +246,7 @@ def test_ends_of_episodes(sac, counting_envs, backend, num_envs):
     rows, done = check_rows(stored, 112, num_envs)
     lengths = rows["obs"][:, 0] + 1
     returns = np.where(done, lengths * (lengths + 1) / 2, 0)
-    assert carry["sums"]["episodes"][0] == done.sum()
-    assert carry["sums"]["return"][0] == returns.sum()
+    np.testing.assert_array_equal(carry["sums"]["online/return"][0], [returns.sum(), done.sum()])
     recent = np.asarray(carry["recent"])[0]
     newest = returns.reshape(-1, num_envs)[::-1].ravel()
     newest = newest[newest > 0]
@@ -247,18 +267,18 @@ def test_steps_are_rounded_up(sac, num_envs):
     assert 0 <= steps - 1_000_000 < block and (steps - first) % block == 0
 
 
-def test_rounded_phases_are_played(sac):
+@pytest.mark.parametrize("utd,stride,updates", [(1.0, 3, 60), (0.25, 12, 15)])
+def test_rounded_phases_are_played(sac, utd, stride, updates):
     """42 steps without updates instead of 40, then 60 instead of 58; the replay holds them all."""
-    args = make_args(
-        sac, "Hopper-v4", policy_delay=1, num_envs=3, learning_starts=40, online_steps=100
-    )
+    flags = dict(policy_delay=1, num_envs=3, learning_starts=40, online_steps=100, utd=utd)
+    args = make_args(sac, "Hopper-v4", **flags)
     env = FunctionalCounter()
     nets, carry = start(sac, args, env)
     phases = sac.make_phases(sac.parse_task("Hopper-v4"), env, None, nets, args, (1, 1))
-    assert [(p.start, p.end, p.stride) for p in phases] == [(0, 42, 3), (42, 102, 3)]
+    assert [(p.start, p.end, p.stride) for p in phases] == [(0, 42, 3), (42, 102, stride)]
     for phase in phases:
         carry = phase.advance(phase.enter(carry), (phase.end - phase.start) // phase.stride)
-    assert carry["replay"]["added"] == 102 and carry["state"].step == 60
+    assert carry["replay"]["added"] == 102 and carry["state"].step == updates
     check_rows(carry["replay"]["rows"], 102, 3)
 
 
@@ -283,7 +303,7 @@ def test_no_update_before_the_first_rows(sac, counting_envs, monkeypatch, delay)
     assert [(p.start, p.end, p.stride) for p in phases] == [(0, block, 4), (block, 60, block)]
     for phase in phases:
         carry = phase.advance(phase.enter(carry), (phase.end - phase.start) // phase.stride)
-    assert carry["sums"]["count"] == 60 - block and carry["sums"]["train"]["empty"] == 0
+    np.testing.assert_array_equal(carry["sums"]["train/empty"], [[0, 60 - block]])
 
 
 def test_a_block_equals_step_after_step(sac):
@@ -302,7 +322,7 @@ def test_a_block_equals_step_after_step(sac):
 
     step = jax.jit(sac.interact(env, sac.Play(sac.make_act(nets, args), None)))
     update = jax.jit(sac.make_update(nets, args))
-    draw = jax.jit(lambda key, replay: sac.sample(key, replay, 8, 0.99, 1_000))
+    draw = jax.jit(lambda key, replay: sac.sample_chunks(key, None, replay, 8, 1, 0.99))
     for _ in range(2):
         seen, seed, number = [], one["state"].seed, one["state"].step
         for j in range(3):
@@ -328,7 +348,7 @@ def test_chunks_are_played_open_loop_and_end_with_the_episode(
     env = FunctionalCounter() if backend == "jax" else None
     nets = sac.make_networks(args, 1)
     carry = dict(state=sac.start_states(args, 1, 1, jnp.zeros(1), jnp.ones(1)))
-    carry["sums"] = jax.vmap(lambda s: sac.add_sums(None, {}, 0))(carry["state"].seed)
+    carry["sums"] = sac.zero_sums(lambda carry: carry, carry)
     decided = {}
 
     def fake(state, obs, time):  # the step of the decision, and k
@@ -380,14 +400,14 @@ def interrupt_at(sac, run_dir, flags, steps, monkeypatch):
     class Stop(Exception):
         pass
 
-    def save_and_stop(directory, carry, facts):
-        save(directory, carry, facts)
-        if target[0] is not None and facts["step"] >= target[0]:
+    def save_and_stop(directory, carry, facts, *name):
+        save(directory, carry, facts, *name)
+        if not name and target[0] is not None and facts["step"] >= target[0]:
             target[0] = next(wanted, None)
             raise Stop
 
     monkeypatch.setattr(sac, "save_checkpoint", save_and_stop)
-    monkeypatch.setattr(sac, "StopSignal", lambda: type("Never", (), {"number": None})())
+    monkeypatch.setattr(sac.signal, "signal", lambda *_: None)
     argv = [*map(str, flags), "--out-dir", str(run_dir)]
     for _ in range(len(steps)):
         with pytest.raises(Stop):
@@ -405,8 +425,7 @@ def whole_and_parts(sac, directory, flags, steps, monkeypatch):
             interrupt_at(sac, directory / name, flags, stops, patch)
         runs.append(only_run(directory / name))
     whole, parts = runs
-    saved = [(run / "checkpoint.msgpack").read_bytes() for run in runs]
-    assert saved[0] == saved[1]
+    assert_same_end(sac, *runs)
     assert rows_without_time(whole) == rows_without_time(parts)
     return whole, parts
 
@@ -420,6 +439,25 @@ def test_interrupted_runs_end_bit_identical(sac, name, data_dir, tmp_path, monke
     whole, _ = whole_and_parts(sac, tmp_path, flags, steps, monkeypatch)
     if name == "pendulum":
         check_a_finished_run(sac, whole)
+
+
+@pytest.mark.slow
+def test_start_from_equals_one_go(sac, data_dir, tmp_path, monkeypatch):
+    """Offline alone, then a new run from its end, against both phases at once."""
+    monkeypatch.setattr(sac.signal, "signal", lambda *_: None)
+    flags = [*RUNS["pointmaze"][0], "--dataset-dir", data_dir]
+    runs = {}
+    for name, more in (("whole", []), ("offline", ["--online-steps", 0]), ("online", None)):
+        if more is None:
+            argv = ["--start-from", runs["offline"], "--online-steps", 60]
+        else:
+            argv = [*flags, *more]
+        argv = [*map(str, argv), "--out-dir", str(tmp_path / name)]
+        assert sac.command_line(sac.main, sac.Args, argv) == 0
+        runs[name] = only_run(tmp_path / name)
+    assert_same_end(sac, runs["whole"], runs["online"])
+    rows = {name: rows_without_time(run) for name, run in runs.items()}
+    assert rows["whole"] == rows["offline"] + rows["online"]
 
 
 def check_a_finished_run(sac, run):
@@ -444,7 +482,7 @@ def check_a_finished_run(sac, run):
 def test_episodic_return_is_the_mean_of_the_last_episodes(sac):
     """Newest first, NaN where there was none yet."""
     carry = dict(replay=sac.make_replay(30, 1, 1), recent=jnp.full(20, jnp.nan))
-    carry["sums"], play = sac.add_sums(None, {}, 0), sac.Play(None, None)
+    carry["sums"], play = {}, sac.Play(None, None)
     rng, history = np.random.default_rng(0), []
     for _ in range(12):
         done, returns = rng.random(3) < 0.7, rng.normal(size=3).astype(np.float32)
@@ -460,14 +498,17 @@ def test_episodic_return_is_the_mean_of_the_last_episodes(sac):
 
 BAD_FLAGS = {
     "unknown": ("--env-id Hoper-v4", "close matches: Hopper-v4"),
-    "mode": ("--env-id Hopper-v4 --mode offline-to-online", "use --mode online"),
-    "other mode": ("--env-id cube-double --mode online", "use --mode offline-to-online"),
+    "mode": ("--env-id Hopper-v4 --mode offline-to-online", "or use --mode online"),
     "beta": ("--beta 3", "--beta has no meaning with --mode online"),
+    "beta from scratch": ("--env-id cube-double --mode online --beta 3", "--beta has no meaning"),
+    "own data from scratch": ("--mode online --dataset own.npz", "--dataset has no meaning"),
+    "sparse": ("--env-id Hopper-v4 --sparse True", "--sparse is for tasks with data"),
     "offline": ("--offline-steps 10", "--offline-steps has no meaning with --mode online"),
     "chunk": ("--horizon-length 5", "--horizon-length has no meaning"),
-    "critic": ("--env-id cube-double --critic brn", "--critic has no meaning"),
+    "critic": ("--env-id cube-double --critic brn", "--critic brn has no meaning here"),
     "gaussian": ("--env-id cube-double --policy gaussian", "exists with --mode online alone"),
     "gaussian noise": ("--policy gaussian --noise fixed", "leave out --noise"),
+    "renorm": ("--renorm-time", "--renorm-time is for --policy mlp with --mode online alone"),
     "drift": ("--drift-correction", "add --noise fixed"),
     "sigma": ("--noise fixed --sigma 0", "must be above 0"),
     "ceiling": ("--noise fixed", "cannot be reached with fixed noise"),
@@ -486,6 +527,7 @@ BAD_FLAGS = {
     "memory": ("--num-seeds 1000000 --online-steps 1000000", "lower --buffer-size or --num-seeds"),
     "ring": ("--buffer-size 2", "--buffer-size must hold"),
     "delay": ("--policy-delay 0", "--policy-delay is 0"),
+    "utd": ("--utd 0", "--utd is 0, but must be at least 0.001"),
     "rate": ("--actor-lr -1", "--actor-lr is -1"),
 }
 
@@ -502,7 +544,7 @@ def test_bad_flags(sac, tmp_path, capsys, monkeypatch, name):
 
 
 def test_advice_after_divergence_names_flags_of_this_script(sac, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sac, "StopSignal", lambda: SimpleNamespace(number=None))
+    monkeypatch.setattr(sac.signal, "signal", lambda *_: None)
     flags = [*PENDULUM_RUN, "--policy", "gaussian", "--critic-lr", "1e38", "--out-dir", tmp_path]
     assert sac.command_line(sac.main, sac.Args, [*map(str, flags)]) == 2
     err = capsys.readouterr().err

@@ -214,7 +214,7 @@ def load(name: str, dataset_dir: str | Path) -> tuple[dict[str, np.ndarray], str
             stand_in = f", or make a stand-in with python benchmark/collect.py d4rl/{name}"
             raise OSError(
                 f"no {official} and no download: fetch it from {' or '.join(url(name))}"
-                + stand_in * name.startswith("antmaze")
+                + stand_in * (name.partition("-")[0] not in FQL_ALPHA)
             )
     return transitions(name, read(name, official)), "official"
 
