@@ -231,7 +231,7 @@ TABLE = {  # upper mass, shift, W1 at lambda = 1 and 2
 }
 
 
-@pytest.mark.parametrize("lam", [1.0, 2.0])
+@pytest.mark.parametrize("lam", [1.0, pytest.param(2.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arm", TABLE, ids=str)
 def test_two_modes(flowq, toy, arm, lam):
     p = two_modes(toy)
@@ -457,7 +457,7 @@ def check_values(states, expected, tolerance=0.1):
     return actions[..., 0]
 
 
-critics = pytest.mark.parametrize("critic", ["td", "iql"])
+critics = pytest.mark.parametrize("critic", ["td", pytest.param("iql", marks=pytest.mark.slow)])
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from test_speed import GFLOP
 
 sys.path.append(str(ROOT / "benchmark"))  # where hlo.py finds speed.py
 hlo = load_script(ROOT / "benchmark" / "hlo.py")
+pytestmark = pytest.mark.optimised  # as the program that trains is
 # Loops whose number of iterations XLA does not know, of which a GPU's host reads the predicate
 # before each iteration. One: that of the dispatch itself, whose length is an argument, so that one
 # program serves any length. Inside of it all lengths are fixed: Euler steps, candidates, flow

@@ -227,16 +227,15 @@ def test_start_from_equals_one_go(gsflow, reference, tmp_path):
     run = only_run(tmp_path / "offline")
     assert (run / "offline.msgpack").read_bytes() == (run / "checkpoint.msgpack").read_bytes()
     before = {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
-    launch(gsflow, "--start-from", run, "--online-steps", 200, out_dir=tmp_path / "online")
+    launch(gsflow, "--start-from", run, "--online-steps", 100, out_dir=tmp_path / "online")
     assert before == {p.name: p.read_bytes() for p in run.iterdir() if p.is_file()}
     new = only_run(tmp_path / "online")
+    launch(gsflow, "--resume", new, "--online-steps", 200)  # as any run
     assert_same_end(gsflow, new, reference)
     rows = rows_without_time(reference)
     assert rows_without_time(new) == [r for r in rows if r["phase"] == "online"]
     args = json.loads((new / "args.json").read_text())["args"]
     assert args["start_from"] == str(run) and args["offline_steps"] == 200
-    launch(gsflow, "--resume", new, "--online-steps", 220)  # as any run
-    assert rows_without_time(new)[-1]["step"] == "420"
 
 
 @pytest.mark.parametrize(

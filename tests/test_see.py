@@ -38,8 +38,8 @@ def train(script, directory, flags):
 
 
 @pytest.fixture(scope="module")
-def maze_run(tmp_path_factory):
-    flags = f"--env-id pointmaze-medium --eval-episodes 3 {GSFLOW}"
+def maze_run(data_dir, tmp_path_factory):
+    flags = f"--env-id pointmaze-medium --dataset-dir {data_dir} --eval-episodes 3 {GSFLOW}"
     return train("gsflow", tmp_path_factory.mktemp("maze"), flags)
 
 

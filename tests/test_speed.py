@@ -68,6 +68,7 @@ def test_windows_of_the_host_are_those_of_the_device(name):
         np.testing.assert_allclose(host[k], batch[k], rtol=1e-5, err_msg=k)
 
 
+@pytest.mark.slow
 def test_quick_table(capsys):
     args = speed.Args(methods=("FQL",), num_seeds=(1, 2), quick=True)
     assert speed.main(args) == 0
