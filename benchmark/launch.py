@@ -7,6 +7,7 @@
     python benchmark/launch.py --algos gsflow "fql=gsflow --prior gaussian --student deterministic"
         --tasks "antmaze-large --alpha 10" scene -- --num-seeds 4              (all in one line)
     python benchmark/launch.py --status runs                                  # Ctrl-C ends it only
+    bash benchmark/gsflow.sh --plan           # what the runs would cost, counted; starts nothing
 
 An algorithm is `[LABEL=]SCRIPT [FLAGS]`, a task `TASK [FLAGS]`; what follows a lone `--` goes to
 every run. The flags are checked, and the task's defaults filled in, before anything starts.
