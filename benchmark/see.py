@@ -211,10 +211,19 @@ def simulator(env):
     return None
 
 
+def render(env):
+    """The environment's own picture. Gymnasium's viewer takes the OpenGL context for its first one
+    only, but with runs side by side others have had it since."""
+    viewer = getattr(getattr(env.unwrapped, "mujoco_renderer", None), "viewer", None)
+    if viewer is not None:
+        viewer.make_context_current()
+    return env.render()
+
+
 def make_camera(env, size, name):
     """Function () -> uint8 (H, W, 3) that draws the official environment as it stands."""
     if env.render_mode == "rgb_array":
-        return env.render
+        return functools.partial(render, env)
     import mujoco
 
     if simulator(env.unwrapped) is None:

@@ -429,6 +429,13 @@ for _ in range(10):
 second = draw().astype(int)
 assert first.shape == (90, 120, 3) and first.std() > 10, first.std()
 assert abs(second - first).max() > 30
+# side by side, each draws in its own OpenGL context
+other = gymnasium.make('HalfCheetah-v5', render_mode='rgb_array', width=160, height=120)
+other.reset(seed=0)
+draw_other = see.make_camera(other, 160, 'cheetah')
+alone = draw_other().astype(int)
+draw()
+assert abs(draw_other().astype(int) - alone).max() < 3
 """
 
 
