@@ -1,11 +1,11 @@
 """FlowQ: a flow policy trained towards pi_beta(a|s) exp(lambda Q(s, a)), offline.
 
 Paper: "FlowQ: Energy-Guided Flow Policies for Offline Reinforcement Learning", arXiv 2505.14139.
-Read this first: the paper's velocity formula, algorithm box, hyperparameters and score tables were
-not available to us in readable form.  Its are the target policy, a Gaussian guided path, the
-schedules t, t^2, t^2/(1-t) and a learned one, and the claims about cost.  That the density at time
-t is p_t exp(lambda(t) Q) we know from a third party's review alone; the losses below are our
-reconstruction, and no default here is "the paper's setting".
+Its velocity formula, algorithm box, hyperparameters and score tables were not available to us in
+readable form.  The paper's are the target policy, a Gaussian guided path, the schedules t, t^2,
+t^2/(1-t) and a learned one, and the claims about cost.  That the density at time t is p_t
+exp(lambda(t) Q) we know from a third party's review alone; the losses below are our reconstruction,
+and no default here is "the paper's setting".
 
 What is optimised (s observation, a in [-1,1]^A data action, e ~ N(0, I), sg = stop-gradient)
 
@@ -26,45 +26,44 @@ time t shall be p_t exp(lambda h(t) Q); all of these forms are ours:
   score (S, default)  h (1-t)/t                1-t             t(1-t)          t
   drop-time (T)       h (1-t)                  t(1-t)          t^2(1-t)        t^2
   field (Gb)          h' (1-t)^2 - h (1-t)     (1-t)(1-2t)     t(1-t)(2-3t)    2t(1-t)
+  posterior           (1-t)/t, and g the slope in x_t of Q' at clip(x_t + (1-t) u_base(s, x_t, t))
+  weighted            0: L_policy = sum_i w_i mean (u(s_i, x_i, t_i) - (a_i - e_i))^2 instead, with
+                      w_i ~ exp(min(lambda (Q'(s_i, a_i) - V(s_i)) / mean |Q'|, 5)), sum_i w_i = 1
 
 S puts the score of the guided density into v = x/t + (1-t)/t score; T puts the guided mean into the
-velocity of the Gaussian path and drops its time derivative; Gb keeps that derivative and holds g
-fixed.  The exact velocity of the guided path, with every row weighted alike, cancels the guidance
-(the tests show it), so the paper must do something else; which of these, if any, we do not know.
-None samples the exact posterior: `python benchmark/flowq_toy.py` shows by how much.
+velocity of the Gaussian path and drops its time derivative; Gb keeps that and holds g fixed.  The
+exact velocity of the guided path, every row weighted alike, cancels the guidance (see the tests),
+so the paper must do something else.  Only weighted (as QIPO, ICLR 2025) samples the exact posterior
+of a state; where lambda is large few rows bear the weight (train/row_share).
+`python benchmark/flowq_toy.py` shows how far S, T and Gb are from it.
 
   learned h     c(t) = (1-t) r(t),  r = softplus(net(t)) / softplus(net(1)),  r = 1 at the start
                 minimise sum_i w_i |a_i - e_i - u_base(s_i, x_i, t_i) - lambda c(t_i) g_i|^2 / A
-                w_i ~ exp(min(lambda (Q'(s_i, a_i) - V(s_i)) / mean |Q'|, 5)), normalised over rows
                 u_base: plain flow matching; V: mean squared error to Q' (critic iql: its V)
 
 One update is one Adam step for each net (their parameters are disjoint), then Q' <- tau Q +
-(1 - tau) Q' and u_EMA <- 0.999 u_EMA + 0.001 u.  No sample of the policy enters L_policy, so a
-policy update costs the same for every K; that of the td critic grows with K.  lambda = 0 is flow
-matching of the data, bit for bit.
+(1 - tau) Q' and u_EMA <- 0.999 u_EMA + 0.001 u.  No sample of the policy enters L_policy, so its
+cost does not grow with K; that of the td critic does.  lambda = 0 is flow matching, bit for bit.
 
 Open in the paper, and what we took
-  1. Velocity form: score; drop-time and field are flags.
-  2. Schedule on real data: t, which lets go of the critic as t -> 1.
-  3. Where grad Q is taken: the noisy action, clipped to the box (the gradient passes the clip
-     unchanged); its mean t a, the data action and the denoised action are flags.
-  4. Which Q, and its scale: mean of the two target critics over the batch mean of |Q|, as in
+  1. Velocity form and schedule: score and t, which lets go of the critic as t -> 1.
+  2. Where grad Q is taken: the noisy action, clipped to the box (the gradient passes the clip
+     unchanged); by flag its mean t a, the data action, or where the unguided velocity leads
+     (denoised, as QGF, arXiv 2606.11087).
+  3. Which Q, and its scale: mean of the two target critics over the batch mean of |Q|, as in
      Diffusion Actor-Critic.  That undoes a factor on the rewards but not an offset.
-  5. lambda: nothing is published for OGBench.  Our pilot on the point maze says 30 or more; 30 is
+  4. lambda: nothing is published for OGBench.  Our pilot on the point maze says 30 or more; 30 is
      the start of a sweep elsewhere.
-  6. Critic: td with sampled actions, as in Diffusion-QL; iql needs none.
-  7. K = 10, N = 50 and argmax.  N = 1 is always reported beside it, because with N = 50 plain flow
-     matching scores as well.
-  8. Networks, learning rate, discount and target aggregation: FQL's on OGBench; Diffusion-QL's
-     networks by --activation mish and --time-embedding sinusoid.
-  9. EMA, how h is learned, and V in place of the log-normaliser in its weights: ours.
- 10. The path ends in the data point itself (no sigma_min); the last checkpoint is reported.
+  5. Critic: td with sampled actions, as in Diffusion-QL; iql needs none.  K = 10, N = 50, argmax;
+     N = 1 always beside it, because with N = 50 plain flow matching scores as well.
+  6. Networks, learning rate, discount and target aggregation: FQL's on OGBench.
+  7. EMA, how h is learned, and V in place of the log-normaliser in its weights: ours.  The path
+     ends in the data point itself (no sigma_min); the last checkpoint is reported.
 
 Modes
   python algos/flowq.py                                   pointmaze-medium, a few minutes
   python algos/flowq.py --guidance-lambda 0               the same without guidance
   python algos/flowq.py --env-id cube-single              full-size networks, for a GPU
-  python algos/flowq.py --env-id energy-toy               two modes and a known energy
   python algos/flowq.py --evaluate runs/RUN               load a checkpoint and evaluate it
 """
 
@@ -142,8 +141,7 @@ class Args:
     reward_transform: Literal[
         "none", "antmaze-cql", "antmaze-iql", "standardize", "return-range"
     ] = "none"
-    """r, 4(r - 0.5), r - 1, (r - mean)/std, 1000 r/(largest - smallest return); another one needs
-    another lambda"""
+    """r, 4(r - 0.5), r - 1, (r - mean)/std, 1000 r/(range of returns); each needs its own lambda"""
     dataset_action_clip: float = 1e-5  # dataset actions are kept this far inside the box
 
     # ---- schedule ----
@@ -157,13 +155,12 @@ class Args:
 
     # ---- optimisation ----
     batch_size: int | None = None  # rows per gradient step
-    learning_rate: float | None = None  # Adam's step size for all networks
-    lr_decay: bool | None = None
-    """cosine decay to 0 over --offline-steps (which then must not change on resume)"""
+    learning_rate: float | None = None  # Adam's step size
+    actor_learning_rate: float | None = None  # of the velocity nets, unless as the others'
+    lr_decay: bool | None = None  # cosine decay to 0 over --offline-steps, which then cannot change
     grad_norm_clip: float = 0.0  # largest gradient norm of each network; 0: no limit
     tau: float | None = None  # target critic: fraction of the new critic in each step
-    ema_decay: float = 0.999
-    """averaged policy, which acts and makes critic targets: share kept in each step"""
+    ema_decay: float = 0.999  # averaged policy, which acts and makes TD targets: share kept
     gamma: float | None = None  # discount
     n_step: int | None = None  # n-step TD targets, to success or episode end (full-size runs: 1)
     hidden_dims: tuple[int, ...] | None = None  # widths of all nets that the next two leave open
@@ -171,32 +168,28 @@ class Args:
     actor_hidden_dims: tuple[int, ...] | None = None  # widths of the velocity nets
     critic_layer_norm: bool = True  # LayerNorm after each activation of critic and value net
     activation: Literal["gelu", "mish"] = "gelu"  # of all networks (Diffusion-QL: mish)
-    time_embedding: Literal["raw", "sinusoid"] = "raw"
-    """the velocity nets' input: t itself, or Diffusion-QL's embedded sinusoids of 1000 t"""
+    time_embedding: Literal["raw", "sinusoid"] = "raw"  # t, or Diffusion-QL's sinusoids of 1000 t
 
     # ---- algorithm ----
     guidance_lambda: float | None = None  # lambda, weight of the energy; 0: flow matching alone
-    velocity_form: Literal["score", "drop-time", "field"] = "score"
-    """how the guided density becomes a velocity: S, T or Gb of the table at the top"""
-    schedule: Literal["t", "t2", "t2_over_1mt", "learned"] = "t"
-    """h(t): t, t^2, t^2/(1-t), or learned (with --velocity-form score only)"""
+    guidance_warmup: int = 0  # updates over which lambda rises from 0: at first |Q| is no scale
+    velocity_form: Literal["score", "drop-time", "field", "posterior", "weighted"] = "score"
+    """how the guided density becomes a velocity: see the table at the top"""
+    schedule: Literal["t", "t2", "t2_over_1mt", "learned"] = "t"  # h(t); learned: for score only
     schedule_warmup: int | None = None  # updates for which the learned schedule stays h(t) = t
     grad_at: Literal["noisy", "mean", "data", "denoised"] = "noisy"
-    """action at which grad Q is taken: x_t, t a, a, or x_t carried to t = 1 by the policy"""
+    """action at which grad Q is taken: x_t, t a, a, or x_t carried to t = 1 without guidance"""
     guidance_q: Literal["mean", "min"] = "mean"  # how guidance and scale join both target critics
-    q_norm: Literal["mean-abs", "none"] | None = None
-    """divide the guidance by its scale, the batch mean of |Q| at dataset actions"""
+    q_norm: Literal["mean-abs", "none"] | None = None  # scale of Q: batch mean of |Q| at data, or 1
     guidance_clip: float | None = None  # largest length of a row's guidance; 0: no limit
     critic: Literal["td", "iql", "exact"] | None = None
-    """td: TD targets with sampled actions; iql: expectile value net, no samples; exact: the known Q
-    of a task file (energy-toy), no critic to train"""
+    """td: targets with sampled actions; iql: expectile value net; exact: a task file's known Q"""
     expectile: float | None = None  # of the value net of --critic iql
     q_agg: Literal["mean", "min"] | None = None  # how --critic td joins both target critics
-    max_backup_samples: int = 1
-    """actions per next state; each target critic keeps its largest value, then they are joined"""
+    max_backup_samples: int = 1  # M, actions per next state, the best by each target critic counts
     flow_steps: int | None = None  # K, Euler steps from noise to action
-    eval_candidates: int | None = None
-    """N: evaluate also with the best of N actions by the target critics; 1: plain samples only"""
+    eval_candidates: int | None = None  # N: evaluate also with one of N actions by target critics
+    eval_choice: Literal["argmax", "softmax"] = "argmax"  # the best, or by exp(Q) (Diffusion-QL)
 
 
 # What a task sets when no flag does; the first matching prefix wins, "" is the rest. Sources:
@@ -224,9 +217,6 @@ TASK_DEFAULTS = {
 
 
 # ---- networks ----
-ACTIVATIONS = {"gelu": nn.gelu, "mish": jax.nn.mish}  # gelu: the tanh form
-
-
 class MLP(nn.Module):
     """Dense layers with activation (then LayerNorm, if asked for) and a linear head."""
 
@@ -312,17 +302,18 @@ class Networks(NamedTuple):
 
 def make_modules(args, act_dim):
     """Flax modules of the settings in `args`; only those that these settings train."""
-    activation = ACTIVATIONS[args.activation]
+    activation = nn.gelu if args.activation == "gelu" else jax.nn.mish  # gelu: the tanh form
     velocity = Velocity(args.actor_hidden_dims, act_dim, activation, args.time_embedding)
     critic = (args.critic_hidden_dims, activation, args.critic_layer_norm)
     modules = dict(velocity=velocity)
     if args.critic != "exact":
         modules["critic"] = Critic(*critic)
-    if args.critic == "iql" or (args.critic == "td" and args.schedule == "learned"):
+    learned, form = args.schedule == "learned", args.velocity_form
+    if args.critic == "iql" or (args.critic == "td" and (learned or form == "weighted")):
         modules["value"] = Value(*critic)
-    if args.schedule == "learned":
-        modules |= dict(base=velocity, schedule=Schedule())
-    return modules
+    if learned or form == "posterior" or args.grad_at == "denoised":
+        modules["base"] = velocity
+    return modules | (dict(schedule=Schedule()) if learned else {})
 
 
 def make_networks(args, act_dim, task=None):
@@ -355,6 +346,7 @@ GUIDANCE = {
                   "t2_over_1mt": lambda t: t**2},
     "field": {"t": lambda t: (1 - t) * (1 - 2 * t), "t2": lambda t: t * (1 - t) * (2 - 3 * t),
               "t2_over_1mt": lambda t: 2 * t * (1 - t)},
+    "posterior": {"t": lambda t: (1 - t) / jnp.maximum(t, 0.05)},  # has no h
 }  # fmt: skip
 
 
@@ -379,13 +371,15 @@ def energy_slope(state, batch, eps, t, nets, args):
     """grad Q / scale where --grad-at says (B, A); Q at the data actions (B,); the scale."""
     obs, a, x = batch["obs"], batch["actions"], path_point(batch, eps, t)
     y = {"mean": t * a, "data": a}.get(args.grad_at, x)
-    if args.grad_at == "denoised":
-        y = x + (1 - t) * nets.velocity(state.ema, obs, x, t)
-
+    if args.grad_at == "denoised" or args.velocity_form == "posterior":
+        unguided = lambda x: x + (1 - t) * nets.base(state.params["base"], obs, x, t)
+        y, pull_back = jax.vjp(unguided, x)
     limit = nets.action_limit
     q = lambda a: aggregate(nets.critic(state.target_critic, obs, a), args.guidance_q)
     # the slope at the clipped action, not the slope of the clip: outside the box that would be 0
     slope = jax.grad(lambda y: q(y).sum())(jnp.clip(y, -limit, limit))
+    if args.velocity_form == "posterior":
+        (slope,) = pull_back(slope)
     data_q = q(a)
     scale = jnp.abs(data_q).mean() + 1e-6 if args.q_norm == "mean-abs" else 1.0
     return slope / scale, data_q, scale
@@ -399,21 +393,36 @@ def shorten(rows, limit):
     return rows * jnp.minimum(1, limit / jnp.maximum(length, 1e-12)), (length > limit).mean()
 
 
+def row_weights(params, batch, q, scale, settings, nets):
+    """w (B,) ~ exp(lambda (Q - V) / scale), and the share of the batch that they amount to."""
+    if nets.value is None:  # exact critic; right where there is one state, as in the toy
+        log_weight = settings.guidance_lambda * q / scale
+    else:  # V stands for the log-normaliser of each state
+        advantage = q - nets.value(params["value"], batch["obs"])
+        log_weight = jnp.minimum(settings.guidance_lambda * advantage / scale, 5)
+    weight = jax.lax.stop_gradient(jax.nn.softmax(log_weight))
+    return weight, 1 / (len(q) * (weight**2).sum())
+
+
 # ---- the method: losses ----
 def policy_loss(params, state, batch, eps, t, settings, nets, args):
-    """Flow matching whose target is pulled up the energy's slope; t is (B, 1)."""
-    plain = batch["actions"] - eps
-    slope, q, _ = energy_slope(state, batch, eps, t, nets, args)
-    weight = guidance_weight(params, t, nets, args)
-    guidance, clipped = shorten(settings.guidance_lambda * weight * slope, args.guidance_clip)
+    """Flow matching, its target pulled up the energy's slope or its rows weighted; t is (B, 1)."""
+    plain, x = batch["actions"] - eps, path_point(batch, eps, t)
+    slope, q, scale = energy_slope(state, batch, eps, t, nets, args)
+    guidance, clipped, weight, info = jnp.zeros_like(plain), jnp.zeros(()), 1.0, {}
+    if args.velocity_form == "weighted":
+        weight, info["row_share"] = row_weights(params, batch, q, scale, settings, nets)
+        weight = len(q) * weight[:, None]
+    else:
+        c = guidance_weight(params, t, nets, args)
+        guidance, clipped = shorten(settings.guidance_lambda * c * slope, args.guidance_clip)
     target = jax.lax.stop_gradient(plain + guidance)  # last, so that lambda = 0 changes no bit
-    x = path_point(batch, eps, t)
     velocity = nets.velocity(params["velocity"], batch["obs"], x, t)
-    loss = jnp.mean((velocity - target) ** 2)
+    loss = jnp.mean(weight * (velocity - target) ** 2)
 
     plain_length, length = (jnp.linalg.norm(v, axis=-1) for v in (plain, guidance))
     cosine = (plain * guidance).sum(-1) / jnp.maximum(plain_length * length, 1e-12)
-    info = dict(policy_loss=loss, flow_norm=plain_length.mean(), guidance_norm=length.mean())
+    info |= dict(policy_loss=loss, flow_norm=plain_length.mean(), guidance_norm=length.mean())
     info |= dict(guidance_ratio=length.mean() / plain_length.mean(), guidance_cosine=cosine.mean())
     return loss, info | dict(guidance_clipped=clipped, q_abs=jnp.abs(q).mean())
 
@@ -427,10 +436,9 @@ def critic_loss(params, batch, target, nets):
 
 def value_loss(params, state, batch, nets, args):
     """V(s): under iql the expectile of the smaller target Q, else the mean of the guidance's Q."""
-    how = "min" if args.critic == "iql" else args.guidance_q
+    how, expectile = ("min", args.expectile) if args.critic == "iql" else (args.guidance_q, 0.5)
     q = aggregate(nets.critic(state.target_critic, batch["obs"], batch["actions"]), how)
     error = q - nets.value(params["value"], batch["obs"])
-    expectile = args.expectile if args.critic == "iql" else 0.5
     loss = jnp.mean(jnp.where(error > 0, expectile, 1 - expectile) * error**2)
     return loss, {"value_loss": loss, "advantage": error.mean()}
 
@@ -445,17 +453,12 @@ def base_loss(params, batch, eps, t, nets):
 def schedule_loss(params, state, batch, eps, t, settings, nets, args):
     """Learned h: rows weighted by exp(lambda Q), residual of the unguided flow against guidance."""
     slope, q, scale = energy_slope(state, batch, eps, t, nets, args)
-    if nets.value is None:  # exact critic; right where there is one state, as in the toy
-        log_weight = settings.guidance_lambda * q / scale
-    else:  # V stands for the log-normaliser of each state
-        advantage = q - nets.value(params["value"], batch["obs"])
-        log_weight = jnp.minimum(settings.guidance_lambda * advantage / scale, 5)
-    row_weight = jax.lax.stop_gradient(jax.nn.softmax(log_weight))
+    row_weight, row_share = row_weights(params, batch, q, scale, settings, nets)
     base = nets.base(params["base"], batch["obs"], path_point(batch, eps, t), t)
     residual = jax.lax.stop_gradient(batch["actions"] - eps - base)
     guidance = settings.guidance_lambda * guidance_weight(params, t, nets, args) * slope
     loss = (row_weight * ((residual - guidance) ** 2).mean(axis=-1)).sum()
-    info = dict(schedule_loss=loss, row_share=1 / (len(q) * (row_weight**2).sum()))
+    info = dict(schedule_loss=loss, row_share=row_share)
     for percent in (0, 25, 50, 75, 95):
         time = jnp.full((1, 1), percent / 100)
         info[f"c_{percent}"] = guidance_weight(params, time, nets, args)[0, 0]
@@ -490,14 +493,17 @@ def td_target(params, state, batch, key, nets, args):
 
 
 def make_policy(nets, args):
-    """policy(state, obs, key, candidates): the best of so many actions (A,) for one raw observation
-    (D,), by the target critics."""
+    """policy(state, obs, key, candidates): of so many actions one (A,) that the target critics
+    choose, for one raw observation (D,)."""
 
     def policy(state, obs, key, candidates):
         obs = jnp.broadcast_to((obs - state.obs_mean) / state.obs_std, (candidates, *obs.shape))
         noise = jax.random.normal(key, (candidates, nets.act_dim))
         actions = flow_endpoint(state.ema, nets, obs, noise, args)
-        return actions[nets.critic(state.target_critic, obs, actions).min(axis=0).argmax()]
+        q = nets.critic(state.target_critic, obs, actions).min(axis=0)
+        if args.eval_choice == "softmax":
+            return actions[jax.random.categorical(jax.random.fold_in(key, 1), q)]
+        return actions[q.argmax()]
 
     return policy
 
@@ -531,7 +537,8 @@ class Settings(NamedTuple):
 
 def optimizer(args, name):
     """Adam for one net, with clipping and decay where asked for."""
-    rate = 1e-3 if name == "schedule" else args.learning_rate
+    rates = dict(schedule=1e-3, velocity=args.actor_learning_rate, base=args.actor_learning_rate)
+    rate = rates.get(name, args.learning_rate)
     if args.lr_decay:
         rate = optax.cosine_decay_schedule(rate, args.offline_steps)
     adam = optax.adam(rate)
@@ -563,6 +570,9 @@ def make_update(nets, args):
         shape = batch["actions"].shape
         eps = jax.random.normal(keys["flow_noise"], shape)
         t = jax.random.uniform(keys["flow_time"], (shape[0], 1), maxval=1 - 1e-3)
+        if args.guidance_warmup:
+            share = jnp.minimum(1, state.step / args.guidance_warmup)
+            settings = settings._replace(guidance_lambda=share * settings.guidance_lambda)
         drawn = (state, batch, eps, t, settings, nets, args)
 
         def total_loss(params):
@@ -572,8 +582,10 @@ def make_update(nets, args):
                 losses += [critic_loss(params, batch, target, nets)]
             if "value" in params:
                 losses += [value_loss(params, state, batch, nets, args)]
+            if "base" in params:
+                losses += [base_loss(params, batch, eps, t, nets)]
             if "schedule" in params:
-                losses += [base_loss(params, batch, eps, t, nets), schedule_loss(params, *drawn)]
+                losses += [schedule_loss(params, *drawn)]
             info = functools.reduce(lambda a, b: a | b, (info for _, info in losses))
             return sum(loss for loss, _ in losses), info
 
@@ -1085,9 +1097,22 @@ def make_host_env(task, success_timing):
     return SeededReset(gymnasium.make(f"ogbench:{task.gym_id}", **options))  # imports ogbench first
 
 
+class InThisProcess(gymnasium.vector.SyncVectorEnv):
+    """One environment that steps when it is waited for, which spares the way to another process."""
+
+    def step_async(self, actions):
+        self.asked = actions
+
+    def step_wait(self):
+        return self.step(self.asked)
+
+
 def make_host_envs(task, args, num_envs, autoreset):
-    """`num_envs` official environments in processes of their own."""
+    """`num_envs` official environments in processes of their own; a single one that is trained on,
+    not evaluated, steps in this one."""
     make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
+    if num_envs == 1 and autoreset == gymnasium.vector.AutoresetMode.SAME_STEP:
+        return InThisProcess([make], autoreset_mode=autoreset)
     options = dict(autoreset_mode=autoreset, context="forkserver")  # fork deadlocks JAX's threads
     return gymnasium.vector.AsyncVectorEnv([make] * num_envs, **options)
 
@@ -1901,14 +1926,15 @@ def command_line(main, args_type, argv=None):
 # ---- this script's flags ----
 JAX_ENVS = {}  # built-in environments beside the point mazes: name -> constructor
 FREE_ALSO = ()  # flags that may still change when a run is resumed
-EVALUATION_FLAGS = ("eval_candidates", "flow_steps")  # flags that may change with --evaluate
+EVALUATION_FLAGS = ("eval_candidates", "eval_choice", "flow_steps")  # may change with --evaluate
 
 
 def resolve(args, task):
     """Fill what no flag set from the task table; refuse what is out of range or contradictory."""
     given, args = args, fill(args, **task_table(task, DEFAULTS))
     args = fill(args, critic_hidden_dims=args.hidden_dims, actor_hidden_dims=args.hidden_dims)
-    check_numbers(args, zero=("schedule_warmup",))
+    args = fill(args, actor_learning_rate=args.learning_rate)
+    check_numbers(args, zero=("schedule_warmup", "guidance_warmup"))
     learns, learned = args.critic != "exact", args.schedule == "learned"
     begun = read_args(args.resume, [], Args()) if args.resume else args
     layers = "needs layers of at least one unit"
@@ -1936,6 +1962,10 @@ def resolve(args, task):
          ("q_agg", "max_backup_samples")),
         ("--critic iql", args.critic == "iql", ("expectile",)),
         ("--schedule learned", learned, ("schedule_warmup",)),
+        ("--velocity-form score, drop-time or field",
+         args.velocity_form not in ("posterior", "weighted"), ("schedule", "grad_at")),
+        ("a form with the slope of Q", args.velocity_form != "weighted", ("guidance_clip",)),
+        ("--eval-candidates above 1", args.eval_candidates > 1, ("eval_choice",)),
         ("a critic that learns, --critic td or iql", learns,
          ("reward_transform", "gamma", "n_step", "tau", "guidance_q", "critic_hidden_dims",
           "critic_layer_norm")),

@@ -160,7 +160,8 @@ class Args:
     # ---- algorithm ----
     horizon: int = 5  # H, actions per chunk
     actor: Literal["flowmap", "flow"] = "flowmap"  # one-step flow map, or flow by Euler steps (QC)
-    flow_steps: int = 10  # Euler steps of --actor flow
+    flow_steps: int | None = None
+    """jumps from noise to chunk (1; FMQ trains only that to t = 1), Euler steps of the flow (10)"""
     time_embedding: Literal["sinusoid", "raw"] = "sinusoid"  # flow map's times: features or numbers
     num_samples: int | None = None  # N of BoN, in TD targets, acting and best-of-n (paper: 32)
     q_agg_offline: Literal["mean", "min"] = "mean"  # how critics are joined in the offline phase
@@ -310,16 +311,16 @@ def init_params(args, obs_dim, act_dim, key):
 
 # ---- the method: acting ----
 def sample_chunk(params, nets, args, obs, x, r=0.0):
-    """clip(X_{r,1}(x)) by one jump, or by the Euler steps of --actor flow; from noise at r = 0 this
-    is the one-step policy."""
-    if args.actor == "flowmap":
-        return jnp.clip(x + (1 - r) * nets.actor(params["actor"], obs, x, r, 1.0), -1, 1)
+    """clip(X_{r,1}(x)) by jumps of equal length, of --actor flow Euler steps; from noise at r = 0
+    this is the policy."""
     step = (1 - r) / args.flow_steps
 
-    def euler_step(x, k):
-        return x + step * nets.actor(params["actor"], obs, x, r + k * step, 1.0), None
+    def jump(x, k):
+        start = r + k * step
+        return x + step * nets.actor(params["actor"], obs, x, start, start + step), None
 
-    x, _ = jax.lax.scan(euler_step, x, jnp.arange(args.flow_steps, dtype=x.dtype))
+    steps = jnp.arange(args.flow_steps, dtype=x.dtype)
+    x, _ = jump(x, 0) if args.flow_steps == 1 else jax.lax.scan(jump, x, steps)
     return jnp.clip(x, -1, 1)
 
 
@@ -1093,9 +1094,22 @@ def make_host_env(task, success_timing):
     return SeededReset(gymnasium.make(f"ogbench:{task.gym_id}", **options))  # imports ogbench first
 
 
+class InThisProcess(gymnasium.vector.SyncVectorEnv):
+    """One environment that steps when it is waited for, which spares the way to another process."""
+
+    def step_async(self, actions):
+        self.asked = actions
+
+    def step_wait(self):
+        return self.step(self.asked)
+
+
 def make_host_envs(task, args, num_envs, autoreset):
-    """`num_envs` official environments in processes of their own."""
+    """`num_envs` official environments in processes of their own; a single one that is trained on,
+    not evaluated, steps in this one."""
     make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
+    if num_envs == 1 and autoreset == gymnasium.vector.AutoresetMode.SAME_STEP:
+        return InThisProcess([make], autoreset_mode=autoreset)
     options = dict(autoreset_mode=autoreset, context="forkserver")  # fork deadlocks JAX's threads
     return gymnasium.vector.AsyncVectorEnv([make] * num_envs, **options)
 
@@ -2084,7 +2098,7 @@ SEARCH = tuple(name for name in Args.__dataclass_fields__ if name.startswith("qg
 # flags that may still change when a run without online phase is resumed, and with --evaluate
 FREE_ALSO = (*GUIDANCE, "online_objective", "mvp_target", "q_agg_online", "learning_starts", "utd")
 FREE_ALSO += ("buffer_size",)
-EVALUATION_FLAGS = (*SEARCH, "eval_modes", "num_samples")
+EVALUATION_FLAGS = (*SEARCH, "eval_modes", "num_samples", "flow_steps")
 
 
 def prepare(raw, args):
@@ -2100,7 +2114,8 @@ def resolve(args, task):
     """Fill what no flag set from the task table; refuse what is out of range or contradictory."""
     table = task_table(task, PAPER)
     args = fill(args, **table)
-    args = fill(args, online_objective="fmq" if args.actor == "flowmap" else "mvp")
+    own = dict(flowmap=("fmq", 1), flow=("mvp", 10))[args.actor]
+    args = fill(args, online_objective=own[0], flow_steps=own[1])
     jumps = ("consistency", "consistency_warmup", "consistency_anneal_end", "time_embedding")
     check_numbers(args, zero=("learning_starts", *jumps[1:3], "qgbs_rounds"))
     flow, objective, modes = args.actor == "flow", args.online_objective, args.eval_modes
@@ -2122,7 +2137,7 @@ def resolve(args, task):
             raise UserError(remedy)
     unset = vars(Args()) | table
     for needed, given, names in (
-        ("--actor flowmap", not flow, jumps), ("--actor flow", flow, ("flow_steps",)),
+        ("--actor flowmap", not flow, jumps),
         ("--online-objective mvp", objective == "mvp", ("mvp_target",)),
         ("--online-objective fmq", objective == "fmq", GUIDANCE),
         ("--adaptive-eta", args.adaptive_eta, ("beta",)),

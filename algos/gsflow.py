@@ -125,6 +125,7 @@ class Args:
     """log the metrics' mean over this many steps"""
     eval_interval: int | None = None  # evaluate every this many steps and at the end of each phase
     eval_episodes: int | None = None  # episodes per evaluation and seed
+    eval_teacher: bool = False  # evaluate also the teacher's best of N actions by the critic
     checkpoint_interval: int | None = None  # checkpoint every this many steps and at the end
 
     # ---- optimisation ----
@@ -164,6 +165,9 @@ class Args:
     target_entropy_scale: float = 0.5  # target entropy = -scale * action size
     target_entropy: float | None = None  # target entropy itself; overrides the scale
     init_temperature: float = 1.0  # alpha2 at the start
+    entropy: Literal["tuned", "fixed", "online", "off"] = "tuned"
+    """entropy term of the Gaussian student: alpha2 tuned (GSFlow), alpha2 fixed, tuned in the
+    online phase alone, none"""
     offline_td_temperature: float = 0.0  # T in the TD target, offline
     online_td_temperature: float = 1.0  # T in the TD target, online
     behavior_temperature: float = 1.0  # T for exploration
@@ -399,8 +403,9 @@ def prior_loss(params, nets, args, batch, x_adv, latent_noise):
     return loss, {"prior_loss": loss, "prior_recon": recon, "prior_kl": kl}
 
 
-def student_loss(params, nets, args, batch, x, teacher_action, alpha, key):
-    """Distillation to the teacher, up the critic, entropy; one noise x for all three."""
+def student_loss(params, nets, args, batch, x, teacher_action, alpha, key, entropy=1.0):
+    """Distillation to the teacher, up the critic, entropy (`entropy` 0: without); one noise x for
+    all three."""
     frozen = jax.lax.stop_gradient(params)
     obs = batch["obs"]
     mu, log_std = nets.student(params["student"], obs, x)
@@ -411,7 +416,7 @@ def student_loss(params, nets, args, batch, x, teacher_action, alpha, key):
         action, u = squashed_sample(mu, log_std, 1.0, key)
         log_prob = squashed_log_prob(u, mu, log_std)
         distill = jnp.mean((jnp.tanh(mu) - teacher_action) ** 2)  # the mode, not the sample
-        entropy_term = jnp.exp(frozen["log_temperature"]) * log_prob.mean()
+        entropy_term = entropy * jnp.exp(frozen["log_temperature"]) * log_prob.mean()
         info = {"entropy": -log_prob.mean(), "student_std": jnp.exp(log_std).mean()}
     q = nets.critic(frozen["critic"], obs, jnp.clip(action, -1, 1))
     q_term = -q.mean()  # always the mean of both critics
@@ -447,15 +452,17 @@ class PhaseSettings(NamedTuple):
 
     alpha: jax.Array
     td_temperature: jax.Array
+    entropy: jax.Array = 1.0  # factor of the entropy terms: 1 or 0
 
 
 def phase_settings(args, phase):
     """Settings of "offline" and "online"."""
-    values = dict(
+    own = dict(
         offline=(args.alpha, args.offline_td_temperature),
         online=(args.online_alpha, args.online_td_temperature),
     )
-    return PhaseSettings(*map(jnp.float32, values[phase]))
+    entropy = args.entropy in ("tuned", "fixed", phase)
+    return PhaseSettings(*map(jnp.float32, (*own[phase], entropy)))
 
 
 def optimizer(args):
@@ -488,6 +495,7 @@ def make_update(nets, args):
         keys = dict(zip(DRAWS, jax.random.split(key, len(DRAWS)), strict=True))
         params, obs, next_obs = state.params, batch["obs"], batch["next_obs"]
         shape = batch["actions"].shape
+        entropy = 1.0 if args.entropy == "tuned" else settings.entropy
 
         # TD target: current student and decoder, target critic
         x_next = sample_prior(params, nets, next_obs, keys["td_prior"])
@@ -496,7 +504,7 @@ def make_update(nets, args):
         )
         next_q = aggregate(nets.critic(state.target_critic, next_obs, next_action), args.q_agg)
         if args.soft_backup:
-            next_q -= jnp.exp(params["log_temperature"]) * next_log_prob
+            next_q -= entropy * jnp.exp(params["log_temperature"]) * next_log_prob
         target = batch["returns"] + batch["discounts"] * next_q
 
         # Teacher's actions for the student's noise and for the candidates: one chain of Euler steps
@@ -517,9 +525,10 @@ def make_update(nets, args):
             student = (batch, x, teacher_action, settings.alpha, keys["student_action"])
             losses = [critic_loss(params, nets, batch, target)]
             losses += [flow_loss(params, nets, batch, x0, t)]
-            losses += [student_loss(params, nets, args, *student)]
+            losses += [student_loss(params, nets, args, *student, entropy)]
             if "entropy" in losses[2][1]:  # a Gaussian student
-                losses += [temperature_loss(params, losses[2][1]["entropy"], target_entropy)]
+                loss, info = temperature_loss(params, losses[2][1]["entropy"], target_entropy)
+                losses += [(entropy * (args.entropy != "fixed") * loss, info)]
             if nets.decoder is not None:
                 latent_noise = jax.random.normal(keys["latent"], (shape[0], nets.latent_dim))
                 losses += [prior_loss(params, nets, args, batch, x_adv, latent_noise)]
@@ -548,9 +557,25 @@ def make_policy(nets):
     return policy
 
 
+def make_teacher(nets, args):
+    """policy(state, obs, key): of N noises from N(0, I) the teacher's action (A,) that the critic
+    likes best, which is what the prior learns to lead to."""
+
+    def policy(state, obs, key):
+        obs = jnp.broadcast_to((obs - state.obs_mean) / state.obs_std, (1, len(obs)))
+        noises = jax.random.normal(key, (args.num_candidates, 1, nets.act_dim))
+        stacked = jnp.broadcast_to(obs, (len(noises), *obs.shape))
+        actions = flow_endpoint(state.params, nets, stacked, noises, args.flow_steps)
+        return select_noise(state.params, nets, obs, actions, actions, args.candidate_q_agg)[0]
+
+    return policy
+
+
 def evaluation_policies(nets, args):
-    """The one mode of evaluation: (state, obs, key) -> action at the evaluation's temperature."""
-    return {"": functools.partial(make_policy(nets), temperature=args.eval_temperature)}
+    """Mode -> (state, obs, key) -> action: the student at the evaluation's temperature, and the
+    teacher if asked for."""
+    student = functools.partial(make_policy(nets), temperature=args.eval_temperature)
+    return {"": student} | ({"teacher": make_teacher(nets, args)} if args.eval_teacher else {})
 
 
 # ---- training ----
@@ -1065,9 +1090,22 @@ def make_host_env(task, success_timing):
     return SeededReset(gymnasium.make(f"ogbench:{task.gym_id}", **options))  # imports ogbench first
 
 
+class InThisProcess(gymnasium.vector.SyncVectorEnv):
+    """One environment that steps when it is waited for, which spares the way to another process."""
+
+    def step_async(self, actions):
+        self.asked = actions
+
+    def step_wait(self):
+        return self.step(self.asked)
+
+
 def make_host_envs(task, args, num_envs, autoreset):
-    """`num_envs` official environments in processes of their own."""
+    """`num_envs` official environments in processes of their own; a single one that is trained on,
+    not evaluated, steps in this one."""
     make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
+    if num_envs == 1 and autoreset == gymnasium.vector.AutoresetMode.SAME_STEP:
+        return InThisProcess([make], autoreset_mode=autoreset)
     options = dict(autoreset_mode=autoreset, context="forkserver")  # fork deadlocks JAX's threads
     return gymnasium.vector.AsyncVectorEnv([make] * num_envs, **options)
 
@@ -2070,7 +2108,7 @@ FREE_ALSO = (  # flags that may still change when a run without online phase is 
     "online_alpha", "online_td_temperature", "behavior_temperature", "utd", "num_envs",
     "balanced_sampling", "buffer_size",
 )  # fmt: skip
-EVALUATION_FLAGS = ("eval_temperature",)  # flags that may change with --evaluate
+EVALUATION_FLAGS = ("eval_temperature", "eval_teacher")  # flags that may change with --evaluate
 
 
 def resolve(args, task):
@@ -2096,6 +2134,8 @@ def resolve(args, task):
         (args.online_steps % args.num_envs, "--online-steps must be a multiple of --num-envs"),
         (args.log_std_min > args.log_std_max, "--log-std-min must not exceed --log-std-max"),
         (args.init_temperature <= 0, "--init-temperature must be above 0"),
+        (args.entropy != "tuned" and args.student == "deterministic",
+         "--entropy is of the Gaussian student, but --student is deterministic; drop one"),
         (args.soft_backup and not soft, "--soft-backup needs the Gaussian student and TD "
          "temperatures above 0; add --offline-td-temperature 1"),
     ):  # fmt: skip

@@ -1244,9 +1244,22 @@ def make_host_env(task, success_timing):
     return SeededReset(gymnasium.make(f"ogbench:{task.gym_id}", **options))  # imports ogbench first
 
 
+class InThisProcess(gymnasium.vector.SyncVectorEnv):
+    """One environment that steps when it is waited for, which spares the way to another process."""
+
+    def step_async(self, actions):
+        self.asked = actions
+
+    def step_wait(self):
+        return self.step(self.asked)
+
+
 def make_host_envs(task, args, num_envs, autoreset):
-    """`num_envs` official environments in processes of their own."""
+    """`num_envs` official environments in processes of their own; a single one that is trained on,
+    not evaluated, steps in this one."""
     make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
+    if num_envs == 1 and autoreset == gymnasium.vector.AutoresetMode.SAME_STEP:
+        return InThisProcess([make], autoreset_mode=autoreset)
     options = dict(autoreset_mode=autoreset, context="forkserver")  # fork deadlocks JAX's threads
     return gymnasium.vector.AsyncVectorEnv([make] * num_envs, **options)
 

@@ -28,8 +28,11 @@ python benchmark/launch.py --algos "n5=gsflow --num-candidates 5" "n10=gsflow" \
     "n15=gsflow --num-candidates 15" --tasks cube-double --seeds 0 1 2 3 4 \
     --out runs/gsflow-tables/candidates "$@"
 
-# Entropy-control ablation, offline-to-online: the deterministic student keeps the guided prior.
-python benchmark/launch.py --algos "$GSFLOW" "no-entropy=gsflow --student deterministic" "$FQL" \
+# Entropy-control ablation, offline-to-online: no entropy term, a fixed temperature, the term
+# online alone; the deterministic student keeps the guided prior.
+python benchmark/launch.py --algos "$GSFLOW" "no-entropy=gsflow --entropy off" \
+    "fixed=gsflow --entropy fixed" "entropy-online=gsflow --entropy online" \
+    "deterministic=gsflow --student deterministic" "$FQL" \
     --tasks puzzle-4x4 --seeds 0 1 2 3 4 --out runs/gsflow-tables/entropy "$@" \
     -- --online-steps 1000000
 

@@ -1,5 +1,8 @@
 """Where data comes from: official file, collected file, download, collection; what it teaches."""
 
+import concurrent.futures
+import fcntl
+import io
 import urllib.error
 
 import jax
@@ -76,6 +79,39 @@ def test_copied_script_without_the_repository(gsflow, tmp_path, monkeypatch):
     monkeypatch.setattr(gsflow, "__file__", str(tmp_path / "copies" / "gsflow.py"))
     with pytest.raises(gsflow.UserError, match=r"put cube-single-play-v0\.npz there, or make one"):
         gsflow.load_dataset(gsflow.parse_task("cube-single"), flags(gsflow, tmp_path))
+
+
+class Answer(io.BytesIO):
+    """What a server sends, and how much of what it promised is missing."""
+
+    length = 0
+
+
+@pytest.mark.parametrize("missing", [0, 5, None])
+def test_a_download_is_whole_or_not_there(gsflow, tmp_path, monkeypatch, missing):
+    """A connection that is cut leaves nothing behind; a server need not state the length."""
+    answer, file = Answer(b"content"), tmp_path / "sets" / "cube-single-play-v0.npz"
+    answer.length = missing
+    monkeypatch.setattr(gsflow.urllib.request, "urlopen", lambda *args, **options: answer)
+    assert gsflow.download(file) == (not missing)
+    assert [path.name for path in file.parent.iterdir()] == ([] if missing else [file.name])
+    assert missing or file.read_bytes() == b"content"
+
+
+def test_a_download_waits_for_that_of_another_process(gsflow, tmp_path, monkeypatch):
+    """It finds the lock taken, then the file in place, and asks no server."""
+    file, asked = tmp_path / "cube-single-play-v0.npz", []
+    monkeypatch.setattr(gsflow.urllib.request, "urlopen", lambda *args, **_: asked.append(args))
+    with open(file.with_suffix(".part"), "wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            second = pool.submit(gsflow.download, file)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.2)
+            file.with_suffix(".part").replace(file)
+            fcntl.flock(other, fcntl.LOCK_UN)
+            assert second.result() and not asked
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_names_resolve_to_official_environments(gsflow):

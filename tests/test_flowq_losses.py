@@ -141,8 +141,9 @@ def test_policy_loss(flowq, grad_at, how, clip):
 
     a, e, time, obs = (np.float64(x) for x in (batch["actions"], eps, t, batch["obs"]))
     x = time * a + (1 - time) * e
-    ema = np.float64(nets.velocity(state.ema, batch["obs"], jnp.float32(x), t))
-    y = dict(noisy=x, mean=time * a, data=a, denoised=x + (1 - time) * ema)[grad_at]
+    y = dict(noisy=x, mean=time * a, data=a).get(grad_at)
+    if grad_at == "denoised":  # where the flow without guidance leads in one step
+        y = x + (1 - time) * nets.base(state.params["base"], batch["obs"], jnp.float32(x), t)
     assert grad_at != "noisy" or (np.abs(y) > 1).any()  # the clip is at work
     values = np.float64(quadratic(QUADRATIC, batch["obs"], batch["actions"]))
     q = values.mean(0) if how == "mean" else values.min(0)
@@ -179,6 +180,89 @@ def test_policy_gradient_by_finite_differences(flowq):
     pairs = zip(*map(jax.tree.leaves, (jax.grad(loss)(params), direction)), strict=True)
     exact = sum((g * d).sum() for g, d in pairs)
     assert abs(numeric - exact) < 2e-3 * abs(exact)
+
+
+def test_posterior_slope_goes_through_the_unguided_flow(flowq):
+    """lambda (1-t)/t times the slope in x_t of Q at the one-step end of the unguided flow; the clip
+    of that end stops no slope, and the factor stays finite at t = 0."""
+    args = resolved(flowq, velocity_form="posterior", guidance_clip=0.0, guidance_lambda=0.7)
+    nets = make_networks(flowq, args)._replace(critic=quadratic)
+    state = make_state(flowq, args).replace(target_critic=QUADRATIC)
+    assert set(state.params) == {"velocity", "critic", "base"}
+    batch, (eps, t) = make_batch(), draws((16, 2))
+    t = t.at[0].set(0.0)
+    x = t * batch["actions"] + (1 - t) * eps
+    end = lambda x: x + (1 - t) * nets.base(state.params["base"], batch["obs"], x, t)
+    h, columns = 1e-2, []
+    for i in range(2):  # the Jacobian of the end, by differences
+        step = jnp.zeros(2).at[i].set(h)
+        columns.append(np.float64(end(x + step) - end(x - step)) / (2 * h))
+    jacobian = np.stack(columns, axis=-1)  # (B, end, x)
+    clipped = np.clip(np.float64(end(x)), -1, 1)
+    assert (clipped != end(x)).any()
+    scale = np.abs(np.float64(quadratic(QUADRATIC, batch["obs"], batch["actions"])).mean(0)).mean()
+    slope = np.einsum("bex,be->bx", jacobian, slope_of_quadratic(clipped, batch["obs"], "mean"))
+    guidance = 0.7 * (1 - t) / np.maximum(t, 0.05) * slope / scale
+    inputs = (state, batch, eps, t, settings(flowq, 0.7), nets, args)
+    loss, _ = flowq.policy_loss(state.params, *inputs)
+    np.testing.assert_allclose(flowq.energy_slope(*inputs[:4], nets, args)[0] * scale, slope,
+                               atol=2e-3)  # fmt: skip
+    u = np.float64(nets.velocity(state.params["velocity"], batch["obs"], x, t))
+    expected = ((u - (batch["actions"] - eps + guidance)) ** 2).mean()
+    np.testing.assert_allclose(loss, expected, rtol=2e-3)
+    grads = jax.grad(lambda p: flowq.policy_loss(p, *inputs)[0])(state.params)
+    moved = {k for k, g in grads.items() if any(np.any(x) for x in jax.tree.leaves(g))}
+    assert moved == {"velocity"}
+
+
+def test_weighted_rows(flowq):
+    """Flow matching, its rows weighted by exp(lambda (Q - V)), at most e^5 before normalising; no
+    slope of Q enters; at lambda = 0 it is flow matching."""
+    args = resolved(flowq, velocity_form="weighted")
+    nets, state = make_networks(flowq, args), make_state(flowq, args)
+    assert set(state.params) == {"velocity", "critic", "value"}
+    batch, (eps, t) = make_batch(), draws((16, 2))
+    q = np.float64(nets.critic(state.target_critic, batch["obs"], batch["actions"])).mean(0)
+    v = np.float64(nets.value(state.params["value"], batch["obs"]))
+    x = t * batch["actions"] + (1 - t) * eps
+    u = np.float64(nets.velocity(state.params["velocity"], batch["obs"], x, t))
+    error = ((u - np.float64(batch["actions"] - eps)) ** 2).mean(1)
+    for lam, capped in ((0.0, False), (1.0, False), (40.0, True)):
+        exponent = lam * (q - v) / (np.abs(q).mean() + 1e-6)
+        assert (exponent > 5).any() == capped
+        w = np.exp(np.minimum(exponent, 5))
+        w /= w.sum()
+        inputs = (state, batch, eps, t, settings(flowq, lam), nets, args)
+        loss, info = flowq.policy_loss(state.params, *inputs)
+        np.testing.assert_allclose(loss, (w * error).sum(), rtol=1e-4)
+        np.testing.assert_allclose(info["row_share"], 1 / (16 * (w**2).sum()), rtol=1e-4)
+        assert info["guidance_norm"] == 0
+        plain = flow_matching(state.params, *inputs)[0]
+        assert (loss == plain) == (lam == 0)
+        grads = jax.grad(lambda p, i=inputs: flowq.policy_loss(p, *i)[0])(state.params)
+        moved = {k for k, g in grads.items() if any(np.any(x) for x in jax.tree.leaves(g))}
+        assert moved == {"velocity"}
+
+
+def test_guidance_warmup(flowq):
+    """lambda rises with the updates to its full value; the step is that of the smaller lambda."""
+    nets, state = make_networks(flowq, resolved(flowq)), make_state(flowq, resolved(flowq))
+    updates = [
+        jax.jit(flowq.make_update(nets, resolved(flowq, guidance_warmup=n))) for n in (0, 10)
+    ]
+
+    def policy_after(update, step, lam):
+        now, key = state.replace(step=jnp.int32(step)), jax.random.key(0)
+        new, info = update(now, make_batch(), key, settings(flowq, lam))
+        return jax.tree.leaves(new.params["velocity"]), float(info["guidance_norm"])
+
+    _, length = policy_after(updates[0], 0, 2.0)
+    for step, share in ((0, 0.0), (5, 0.5), (10, 1.0), (99, 1.0)):
+        ours, norm = policy_after(updates[1], step, 2.0)
+        expected, _ = policy_after(updates[0], step, 2.0 * share)
+        for a, b in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+        assert (norm == 0) == (share == 0) and (abs(norm - length) < 1e-5) == (share == 1)
 
 
 def guidance_of(flowq, critic, y, q_norm="mean-abs"):
@@ -432,6 +516,11 @@ def test_learning_rate_decay_and_gradient_clip(flowq):
         sizes.append(float(-move["w"][0]))
     expected = 0.05 * (1 + np.cos(np.pi * np.arange(11) / 10))
     np.testing.assert_allclose(sizes, expected, atol=1e-5)
+    slow = resolved(flowq, learning_rate=0.1, actor_learning_rate=0.01, schedule="learned")
+    for name, rate in dict(velocity=0.01, base=0.01, critic=0.1, value=0.1, schedule=1e-3).items():
+        adam = flowq.optimizer(slow, name)
+        move, _ = adam.update(grads, adam.init(params), params)
+        np.testing.assert_allclose(-move["w"][0], rate, rtol=1e-5)
     clipped = flowq.optimizer(dataclasses.replace(args, grad_norm_clip=0.5), "velocity")
     _, moments = clipped.update(grads, clipped.init(params), params)
     mu = next(x for x in jax.tree.leaves(moments) if x.shape == (3,))  # first moment: 0.1 g
@@ -498,6 +587,24 @@ def test_best_of_n(flowq):
     known = nets._replace(critic=lambda p, obs, a: jnp.stack([a[:, 0], a[:, 0] + a[:, 1] ** 2]))
     best = flowq.make_policy(known, args)(state, obs, key, 50)
     np.testing.assert_array_equal(best, draws[draws[:, 0].argmax()])
+
+
+def test_softmax_choice(flowq):
+    """Four candidates of values log 1 ... log 4 are taken in proportion 1 : 2 : 3 : 4."""
+    args = resolved(flowq, eval_choice="softmax")
+    logs = jnp.log(jnp.arange(1.0, 5.0))
+    nets = make_networks(flowq, args)._replace(critic=lambda p, obs, a: jnp.stack([logs, logs]))
+    state, obs = make_state(flowq, args), jnp.ones(3)
+
+    def chosen(key):
+        noise = jax.random.normal(key, (4, 2))
+        draws = flowq.flow_endpoint(state.ema, nets, jnp.ones((4, 3)), noise, args)
+        action = flowq.make_policy(nets, args)(state, obs, key, 4)
+        return jnp.abs(draws - action).sum(axis=1).argmin()
+
+    state = state.replace(ema=jax.tree.map(jnp.zeros_like, state.ema))  # the noise, clipped
+    picks = jax.jit(jax.vmap(chosen))(jax.random.split(jax.random.key(0), 20_000))
+    np.testing.assert_allclose(np.bincount(picks) / 20_000, [0.1, 0.2, 0.3, 0.4], atol=0.02)
 
 
 def test_evaluation_modes(flowq):

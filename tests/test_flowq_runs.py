@@ -129,6 +129,10 @@ BAD_FLAGS = {
     "join of iql": ("--critic iql --q-agg min", "--q-agg needs --critic td"),
     "expectile of td": ("--expectile 0.8", "--expectile needs --critic iql"),
     "idle warm-up": ("--schedule-warmup 10", "--schedule-warmup needs --schedule learned"),
+    "schedule of weights": ("--velocity-form weighted --schedule t2", "--schedule needs"),
+    "place of posterior": ("--velocity-form posterior --grad-at mean", "--grad-at needs"),
+    "length of weights": ("--velocity-form weighted --guidance-clip 1", "--guidance-clip needs"),
+    "choice of one": ("--eval-candidates 1 --eval-choice softmax", "--eval-choice needs"),
     "toy's rewards": ("--env-id energy-toy --reward-transform standardize", "a critic that learns"),
     "toy's discount": ("--env-id energy-toy --gamma 0.9", "--gamma needs a critic that learns"),
     "toy's target": ("--env-id energy-toy --tau 0.1", "--tau needs a critic that learns"),
@@ -170,6 +174,8 @@ def test_idle_flags_are_used_where_they_have_an_effect(flowq):
         dict(critic="td", q_agg="min", max_backup_samples=2),
         dict(critic="iql", expectile=0.7),
         dict(schedule="learned", schedule_warmup=10),
+        dict(velocity_form="posterior", guidance_clip=1.0, eval_choice="softmax"),
+        dict(grad_at="denoised", actor_learning_rate=1e-4, guidance_warmup=10),
         dict(env_id="energy-toy", critic="td", gamma=0.5, tau=0.1, n_step=3),
     ):
         args = flowq.Args(**flags)

@@ -571,6 +571,20 @@ def test_flow_sampler_is_ten_euler_steps(fmq):
     np.testing.assert_allclose(end, 0.08, atol=1e-6)
 
 
+@pytest.mark.parametrize("jumps", [1, 2, 5])
+def test_jumps_of_an_exact_flow_map_compose(fmq, jumps):
+    """X_{1/2,1} after X_{0,1/2} is X_{0,1}; by the velocities alone, as a flow, it would not be."""
+    args = make_args(fmq, horizon=1, flow_steps=jumps)
+    nets, x = networks(fmq, exact_u), jnp.asarray([[-1.0], [0.2], [1.0]])
+    ends = fmq.sample_chunk({"actor": None}, nets, args, None, x)
+    np.testing.assert_allclose(ends, exact_map(x, 0.0, 1.0), atol=1e-5)
+    ends = fmq.sample_chunk({"actor": None}, nets, args, None, x, 0.3)
+    np.testing.assert_allclose(ends, exact_map(x, 0.3, 1.0), atol=1e-5)
+    diagonal = networks(fmq, lambda p, obs, x, r, t: exact_u(p, obs, x, r, r))
+    euler = fmq.sample_chunk({"actor": None}, diagonal, args, None, x)
+    assert np.abs(euler - exact_map(x, 0.0, 1.0)).max() > 0.02
+
+
 def search_case(fmq, **flags):
     args = make_args(fmq, hidden_dims=(16, 16), **flags)
     return args, jit_networks(fmq, args), make_state(fmq, args).params

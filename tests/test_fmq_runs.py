@@ -103,6 +103,18 @@ def test_a_vmapped_seed_equals_its_single_run(fmq, reference, data_dir, tmp_path
     assert any(not np.allclose(a[0], a[1]) for a in actor(fmq, reference))
 
 
+def test_evaluate_with_several_jumps(fmq, reference):
+    """The ablation of the number of jumps on one checkpoint: other chunks from the same noise."""
+    lengths = {}
+    for steps in ("1", "3"):
+        argv = ["--evaluate", str(reference), "--flow-steps", steps, "--eval-modes", "one-step"]
+        lengths[steps] = fmq.main(fmq.read_args(reference, argv, fmq.Args()))
+    stored = json.loads((reference / "result.json").read_text())["episodes"]
+    for name, values in lengths["1"].items():  # the run's own number
+        np.testing.assert_array_equal(values, stored[name])
+    assert set(lengths["3"]) == set(lengths["1"])
+
+
 def test_evaluate_repeats_the_final_evaluation(fmq, reference):
     out, _ = launch(fmq, "--evaluate", reference)
     result = json.loads((reference / "result.json").read_text())
@@ -179,7 +191,7 @@ BAD_FLAGS = {
     "mode twice": ("--eval-modes qgbs qgbs", "each only once"),
     "consistency of a flow": ("--actor flow --consistency semigroup", "without --actor flowmap"),
     "times of a flow": ("--actor flow --time-embedding raw", "--time-embedding has no effect"),
-    "steps of a flow map": ("--flow-steps 4", "--flow-steps has no effect without --actor flow;"),
+    "no jumps": ("--flow-steps 0", "--flow-steps is 0, but must be at least 1"),
     "beta of a fixed radius": ("--no-adaptive-eta --beta 1", "--beta has no effect without"),
     "radius of mvp": ("--online-objective mvp --eta 1", "without --online-objective fmq"),
     "radius of a flow": ("--actor flow --grad-at online", "without --online-objective fmq"),

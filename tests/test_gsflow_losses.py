@@ -362,6 +362,56 @@ def test_temperature_loss_and_its_first_step(gsflow):
     np.testing.assert_allclose(step["log_temperature"], -3e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "entropy, offline, online, tuned",
+    [("tuned", 1, 1, True), ("fixed", 1, 1, False), ("online", 0, 1, True), ("off", 0, 0, False)],
+)
+def test_entropy_ablations(gsflow, entropy, offline, online, tuned):
+    """Which phase has the entropy term, and which moves its temperature, beside all else alike."""
+    args = small_args(gsflow, entropy=entropy, init_temperature=0.5)
+    nets, batch, key = gsflow.make_networks(args, 2), random_batch(2, 2, 16), jax.random.key(0)
+    state = make_state(gsflow, args, 2, 2)
+    state = state.replace(params=random_params(state.params) | {
+        "log_temperature": state.params["log_temperature"]
+    })  # fmt: skip
+    for phase, weight in (("offline", offline), ("online", online)):
+        settings = gsflow.phase_settings(args, phase)
+        assert settings.entropy == weight
+        after, info = jit_update(gsflow, nets, args)(state, batch, key, settings)
+        expected = settings.alpha * info["distill_loss"] - info["student_q"]
+        expected -= weight * 0.5 * info["entropy"]
+        np.testing.assert_allclose(info["student_loss"], expected, rtol=1e-4)
+        moved = after.params["log_temperature"] != state.params["log_temperature"]
+        assert moved == (tuned and weight == 1)
+        np.testing.assert_allclose(info["temperature"], 0.5, rtol=1e-6)
+
+
+def test_teacher_is_the_critics_choice_among_its_actions(gsflow):
+    """Best of N from N(0, I), not from the prior; evaluated beside the student, which stays
+    first."""
+    args = small_args(gsflow, num_candidates=5, eval_teacher=True)
+    nets, state = gsflow.make_networks(args, 2), make_state(gsflow, args, 3, 2)
+    state = state.replace(
+        params=random_params(state.params), obs_mean=jnp.ones(3), obs_std=jnp.full(3, 2.0)
+    )
+    obs, chosen = jnp.asarray([0.4, -0.7, 2.0]), set()
+    policies = gsflow.evaluation_policies(nets, args)
+    assert list(policies) == ["", "teacher"]
+    task = gsflow.parse_task("pointmaze-medium")
+    names = gsflow.metric_names(task, policies)
+    assert names[0] == "success" and "success_teacher" in names
+    assert list(gsflow.evaluation_policies(nets, small_args(gsflow))) == [""]
+    seen = (obs[None] - 1) / 2
+    flow = lambda x: gsflow.flow_endpoint(state.params, nets, seen, x, args.flow_steps)
+    for i in range(6):
+        key = jax.random.key(i)
+        actions = np.concatenate([flow(x) for x in jax.random.normal(key, (5, 1, 2))])
+        q = [nets.critic(state.params["critic"], seen, a[None]).mean() for a in actions]
+        chosen.add(best := int(np.argmax(q)))
+        close(policies["teacher"](state, obs, key), actions[best])
+    assert len(chosen) > 1
+
+
 def test_fql_student_loss_values(gsflow):
     args = small_args(gsflow, **FQL)
     nets = networks(

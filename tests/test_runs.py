@@ -389,6 +389,7 @@ BAD_FLAGS = {
     "temperature": ("--init-temperature 0", "--init-temperature must be above 0"),
     "soft backup": ("--soft-backup", "add --offline-td-temperature 1"),
     "soft, fql": ("--soft-backup --student deterministic", "needs the Gaussian student"),
+    "entropy": ("--student deterministic --entropy off", "--entropy is of the Gaussian student"),
     "num envs": ("--online-steps 10 --num-envs 3", "must be a multiple of --num-envs"),
     "backend": ("--env-id antmaze-large --env-backend jax", "has no jax environment"),
     "toy on host": ("--env-id multi-crescent --env-backend host", "has no host environment"),
@@ -459,6 +460,9 @@ BAD_DATA = {
     "cut short": (changed(terminals=np.zeros(40, bool)), "looks cut short"),
     "missing key": (lambda d: {k: v for k, v in d.items() if k != "actions"}, "no 'actions'"),
     "other environment": (changed(observations=np.zeros((40, 3))), "another environment"),
+    "positions": (changed(qpos=np.zeros((40, 3))), "'qpos' must have 2 numbers a row"),
+    "no positions": (lambda d: {k: v for k, v in d.items() if k != "qpos"}, "no 'qpos'"),
+    "short episodes": (changed(terminals=np.arange(40) % 5 == 4), "too few for --n-step"),
 }
 
 
