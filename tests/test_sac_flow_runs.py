@@ -568,7 +568,6 @@ class Bandit(FunctionalCounter):
         return 1 - (action[0] - 0.5) ** 2
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize("policy", ["flow-g", pytest.param("flow-t", marks=pytest.mark.slow)])
 def test_bandit_is_learned(sac, policy):
     """Through both online phases; the actions of two untrained seeds lie elsewhere."""
