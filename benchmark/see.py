@@ -35,7 +35,7 @@ from PIL import Image, ImageDraw, ImageFont  # matplotlib requires it, and takes
 
 HERE = Path(__file__).resolve().parent
 NEEDED = ("Args", "main", "read_args", "purpose_key", "make_networks")
-REPLACED = ("make_evaluate", "print_evaluation", "make_host_env")
+REPLACED = ("make_evaluate", "make_host_env")
 
 
 class UserError(Exception):
@@ -93,6 +93,10 @@ def load_script(path):
     return module
 
 
+class Found(Exception):
+    """All is known that an evaluation would begin with."""
+
+
 def open_run(directory, options):
     """Let the script do all that `--evaluate` does but the evaluation itself -> Run."""
     path = Path(directory) / "args.json"
@@ -109,7 +113,11 @@ def open_run(directory, options):
 
     def make_evaluate(task, env, policies, args):
         found.update(task=task, env=env, policies=policies, args=args)
-        return lambda state, step: found.update(state=state, step=step)
+        return enough
+
+    def enough(state, step):
+        found.update(state=state, step=step)
+        raise Found
 
     def make_host_env(task, success_timing):
         found["host"] = render_env(own["make_host_env"], task, success_timing, options.size)
@@ -118,10 +126,10 @@ def open_run(directory, options):
     own = {name: getattr(script, name) for name in REPLACED}
     try:
         script.make_evaluate, script.make_host_env = make_evaluate, make_host_env
-        script.print_evaluation = lambda *_: None
         command = ["--evaluate", str(directory)]
         args = script.read_args(str(directory), command, script.Args())
-        script.main(args)
+        with contextlib.suppress(Found):
+            script.main(args)
         if args.env_backend == "mjx":  # acts inside the program, is measured on the official one
             found["env"] = None
             make_host_env(found["task"], args.success_timing)
@@ -706,7 +714,7 @@ def look_of(run):
             return nets.critic(*inputs)[0].mean()
 
         def draw(obs, key):
-            eps = noise(key, script.num_draws(args), 1, nets.dim)
+            eps = noise(key, args.flow_steps + 1, 1, nets.dim)
             actor = (params["actor"], state.stats["actor"], nets, args, seen(obs)[None])
             path, _ = script.rollout(*actor, eps, args.sigma_inference)
             return eps[0, 0], args.action_scale * jnp.tanh(path.x[-1, 0])
