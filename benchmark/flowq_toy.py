@@ -164,7 +164,7 @@ def train(flowq, form, schedule, lambdas, bench):
 
     def run(state, settings, data):
         def step(_, state):
-            return learn({"state": state}, data, settings)["state"]
+            return learn({"state": state, "sums": {}}, data, settings)["state"]
 
         return jax.lax.fori_loop(0, args.offline_steps, step, state)
 

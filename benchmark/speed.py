@@ -150,7 +150,7 @@ def gsflow_case(flags, num_rows):
     return Case(
         script, args, sizes,
         data=script.device_data(random_rows(num_rows, *sizes), args.n_step, args.gamma),
-        step=lambda carry, data: {"state": learn(carry, data, settings)["state"]},
+        step=lambda carry, data: {"state": learn(carry | {"sums": {}}, data, settings)["state"]},
         update=lambda state, b, key: update(state, b[0], key, settings)[0],
         gather=gather_rows,
         policies=script.evaluation_policies(nets, args),
@@ -176,7 +176,7 @@ def flowq_case(flags, num_rows):
     return Case(
         script, args, sizes,
         data=script.prepare(random_rows(num_rows, *sizes), args, task),
-        step=lambda carry, data: {"state": learn(carry, data, settings)["state"]},
+        step=lambda carry, data: {"state": learn(carry | {"sums": {}}, data, settings)["state"]},
         update=lambda state, b, key: update(state, b[0], key, settings)[0],
         gather=gather_rows,
         policies=script.evaluation_policies(nets, args),
@@ -210,7 +210,7 @@ def fmq_case(flags, num_rows, objective="offline"):
     return Case(
         script, args, sizes,
         data=script.device_rows(random_rows(num_rows, *sizes)),
-        step=lambda carry, data: {"state": learn(carry, data)["state"]},
+        step=lambda carry, data: {"state": learn(carry | {"sums": {}}, data)["state"]},
         update=lambda state, b, key: update(state, b[0], key)[0],
         gather=lambda rows, index: gather_windows(rows, index, args.horizon, args.gamma),
         policies=script.evaluation_policies(nets, args) if objective == "offline" else {},
@@ -252,7 +252,7 @@ def sac_flow_case(flags, num_rows):
     return Case(
         script, args, sizes,
         data=script.device_rows(random_rows(num_rows, *sizes)),
-        step=lambda carry, data: {"state": learn(carry, data, beta)["state"]},
+        step=lambda carry, data: {"state": learn(carry | {"sums": {}}, data, beta)["state"]},
         update=update,
         gather=lambda rows, index: gather_windows(rows, index, args.horizon_length, args.gamma),
         policies=script.evaluation_policies(nets, args),

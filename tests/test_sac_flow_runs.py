@@ -84,7 +84,7 @@ def test_tasks_with_data_from_scratch(sac, monkeypatch, tmp_path):
         raise AssertionError("data was asked for")
 
     monkeypatch.setattr(sac, "load_dataset", load)
-    monkeypatch.setattr(sac, "StopSignal", lambda: SimpleNamespace(number=None))
+    monkeypatch.setattr(sac.signal, "signal", lambda *_: None)
     flags = [*FLAGS, "--env-id", "pointmaze-medium", "--mode", "online", "--online-steps", 60]
     flags += ["--learning-starts", 20, "--eval-episodes", 1, "--out-dir", tmp_path]
     assert sac.command_line(sac.main, sac.Args, [*map(str, flags)]) == 0

@@ -373,9 +373,9 @@ def test_an_update_sees_no_row_newer_than_its_step(sac, monkeypatch, num_envs, u
     replay = ring(sac, capacity, writes, num_envs)
     windows = []
 
-    def record(key, data, replay, batch_size, horizon, gamma, added, stride, limit):
+    def record(key, data, replay, batch_size, horizon, gamma, stride, limit):
         assert stride == num_envs
-        windows.append((int(added), int(limit)))
+        windows.append((int(replay["added"]), int(limit)))
         return dict.fromkeys(("obs", "next_obs"), jnp.zeros((batch_size, 3)))
 
     monkeypatch.setattr(sac, "sample_chunks", record)
@@ -384,7 +384,7 @@ def test_an_update_sees_no_row_newer_than_its_step(sac, monkeypatch, num_envs, u
     for block in (0, 1):  # the same in each block, counted from its end
         for first in range(0, updates, delay):
             state = state.replace(step=jnp.int32(block * updates + first))
-            learn(dict(state=state, replay=replay), None, None)
+            learn(dict(state=state, replay=replay, sums={}), None, None)
     before = (writes - steps) * num_envs  # rows when the block began
     due = [np.ceil(round((j + 1) / (num_envs * utd), 6)) for j in range(updates)]
     expected = [before + num_envs * int(step) for step in due]
