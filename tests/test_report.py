@@ -225,6 +225,24 @@ def test_headline_leaves_the_first_mode_of_each_method(tmp_path):
         assert len(section.rows) == 2
 
 
+def test_curve_of_a_run_from_the_end_of_another(tmp_path):
+    """Its offline evaluations are those of the run that it started from, up to there."""
+    base = make_run(tmp_path, "base", [0], {"success_best_of_n": [0.5]}, offline_steps=100)
+    with open(base / "metrics.csv", "a") as file:  # of an online phase that the base had as well
+        file.write("300,online,0,40,0.9,1\n")
+    settings = FMQ | dict(offline_steps=200, start_from=str(base))
+    run = make_run(tmp_path, "run", [0], {"success_best_of_n": [1.0]}, label="mvp", **settings)
+    (run / "metrics.csv").write_text(
+        "step,phase,seed,time/train_seconds,eval/success_best_of_n\n250,online,0,30,1.0\n"
+    )
+    for there, steps in ((True, [100, 200, 250]), (False, [250])):
+        if not there:
+            (base / "metrics.csv").unlink()
+        groups = report.group_runs([r for r in report.read_runs([tmp_path]) if r.label == "mvp"])
+        found = report.read_curves(groups["official"][0], "eval/success_best_of_n")
+        assert found[0].tolist() == steps
+
+
 # ---- steps to a target ----
 def make_curve(root, label, seed, values, **settings):
     """A run of one seed that is evaluated at steps 10, 20, ..., each after as many seconds / 2."""
