@@ -26,8 +26,9 @@ python benchmark/launch.py --share-offline --algos "${METHODS[@]}" "fixed=fmq --
     "gradient=fmq --no-normalize-grad" --tasks cube-triple-task4 scene-task5 --seeds 0 1 2 3 4 \
     --out runs/fmq-tables/main "$@"
 
-# Sweep of the beam search (rounds; beam, branches). Search changes no training, so these are
-# evaluations of the main table's finished runs, one after another (with --workers; else printed).
+# Sweep of the beam search, the published one: 32, 24, 32, 36, 144 jumps, beside the main table's 20.
+# Search changes no training, so these are evaluations of that table's finished runs, one after
+# another (with --workers; else printed).
 go() { echo "$@"; }
 if [[ " $* " == *" --workers "* ]]; then
     go() { "$@" | tee -a runs/fmq-tables/search.txt; }
@@ -36,10 +37,10 @@ for run in runs/fmq-tables/main/fmq/*/*/*/; do
     [[ " $* " == *" --dry-run "* || " $* " == *" --plan "* ]] && break
     go python algos/fmq.py --evaluate "$run" --qgbs-rounds 0 --qgbs-beam 32 --qgbs-eta 0
     go python algos/fmq.py --evaluate "$run" --qgbs-rounds 1 --qgbs-beam 4 --qgbs-branches 4
-    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 1 --qgbs-beam 2 --qgbs-branches 8
-    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 1 --qgbs-beam 1 --qgbs-branches 16
+    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 1 --qgbs-beam 8 --qgbs-branches 2
+    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 1 --qgbs-beam 16 --qgbs-branches 1
     go python algos/fmq.py --evaluate "$run" --qgbs-rounds 2 --qgbs-beam 4 --qgbs-branches 4
-    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 2 --qgbs-beam 4 --qgbs-branches 16
+    go python algos/fmq.py --evaluate "$run" --qgbs-rounds 2 --qgbs-beam 16 --qgbs-branches 4
 done
 
 # RoboMimic: can and square from several operators' demonstrations, 1M + 1M.

@@ -354,7 +354,7 @@ def published_entries(published, group, metric):
     """Others' numbers for a method, task and metric -> [(method, value text, source)]."""
     found = []
     for entry in published["results"]:
-        value = entry["values"].get(group.args["env_id"])
+        value = entry["values"].get(group.task)  # its full name
         fits = all(group.args.get(k) == v for k, v in entry["where"].items())
         online = bool(group.args.get("online_steps"))
         if value is None or group.runs[0].facts["algo"] != entry["script"] or not fits:
