@@ -4,6 +4,7 @@
 # guidance (lambda 0) as the reference in the same run.
 #   bash benchmark/flowq.sh                                 print all commands
 #   bash benchmark/flowq.sh --workers 4 --devices 0 1 2 3   run them on four GPUs
+#   bash benchmark/flowq.sh --dry-run                       count runs, updates and GPU hours
 # One seed of 1M updates takes 11 PFLOP. Then: python benchmark/report.py runs/flowq-tables
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -4,8 +4,9 @@
 # are passed on, so:
 #   bash benchmark/gsflow.sh                                print all commands
 #   bash benchmark/gsflow.sh --workers 4 --devices 0 1 2 3  run them on four GPUs
-# For SLURM, copy one command and add --slurm FILE. One seed of 1M updates takes 62 PFLOP (GSFlow)
-# or 12 PFLOP (FQL). Then: python benchmark/report.py runs/gsflow-tables
+#   bash benchmark/gsflow.sh --dry-run                      count runs, updates and GPU hours
+# For SLURM, copy one command, without --share-offline, and add --slurm FILE. One seed of 1M updates
+# takes 62 PFLOP (GSFlow) or 12 PFLOP (FQL). Then: python benchmark/report.py runs/gsflow-tables
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,15 +14,16 @@ GSFLOW="gsflow"
 FQL="fql=gsflow --prior gaussian --student deterministic"
 
 # Offline OGBench table, default tasks of ten environments: GSFlow and its baseline FQL. The paper
-# has 5 seeds; alpha of GSFlow is published for cube-double alone, sweep it elsewhere (below).
+# has 5 seeds; alpha of GSFlow is published for cube-double alone, sweep it elsewhere (below). On
+# five of the tasks also the offline-to-online table: from the end of these runs 1M online steps.
+# (FQL's alpha for both phases is another one on two tasks, whose offline phase is then run too.)
 python benchmark/launch.py --algos "$GSFLOW" "$FQL" --seeds 0 1 2 3 4 \
-    --tasks antmaze-large antmaze-giant humanoidmaze-medium humanoidmaze-large antsoccer-arena \
-    cube-single cube-double scene puzzle-3x3 puzzle-4x4 --out runs/gsflow-tables/offline "$@"
-
-# Offline-to-online OGBench table: 1M offline, then 1M online steps.
-python benchmark/launch.py --algos "$GSFLOW" "$FQL" --seeds 0 1 2 3 4 \
-    --tasks humanoidmaze-medium antsoccer-arena cube-double scene puzzle-4x4 \
-    --out runs/gsflow-tables/online "$@" -- --online-steps 1000000
+    --tasks antmaze-large antmaze-giant humanoidmaze-large cube-single puzzle-3x3 \
+    --out runs/gsflow-tables/ogbench "$@"
+python benchmark/launch.py --share-offline --algos "$GSFLOW" "$FQL" \
+    "gsflow-online=$GSFLOW --online-steps 1000000" "fql-online=${FQL#*=} --online-steps 1000000" \
+    --tasks humanoidmaze-medium antsoccer-arena cube-double scene puzzle-4x4 --seeds 0 1 2 3 4 \
+    --out runs/gsflow-tables/ogbench "$@"
 
 # Table of the number of candidates N = 5, 10, 15.
 python benchmark/launch.py --algos "n5=gsflow --num-candidates 5" "n10=gsflow" \
@@ -29,10 +31,11 @@ python benchmark/launch.py --algos "n5=gsflow --num-candidates 5" "n10=gsflow" \
     --out runs/gsflow-tables/candidates "$@"
 
 # Entropy-control ablation, offline-to-online: no entropy term, a fixed temperature, the term
-# online alone; the deterministic student keeps the guided prior.
-python benchmark/launch.py --algos "$GSFLOW" "no-entropy=gsflow --entropy off" \
+# online alone; the deterministic student keeps the guided prior. Beside them: gsflow-online and
+# fql-online of the table above.
+python benchmark/launch.py --algos "no-entropy=gsflow --entropy off" \
     "fixed=gsflow --entropy fixed" "entropy-online=gsflow --entropy online" \
-    "deterministic=gsflow --student deterministic" "$FQL" \
+    "deterministic=gsflow --student deterministic" \
     --tasks puzzle-4x4 --seeds 0 1 2 3 4 --out runs/gsflow-tables/entropy "$@" \
     -- --online-steps 1000000
 
@@ -49,15 +52,12 @@ python benchmark/launch.py --algos "$GSFLOW" "$FQL" --tasks multi-crescent --see
 
 # Table of training and inference time: python benchmark/speed.py --methods GSFlow FQL
 
-# D4RL: the antmazes offline, then antmazes and cloned Adroit online (500K, then 500K steps).
-python benchmark/launch.py --algos "$GSFLOW" "$FQL" --seeds 0 1 2 3 4 \
-    --tasks d4rl/antmaze-umaze-v2 d4rl/antmaze-umaze-diverse-v2 d4rl/antmaze-medium-play-v2 \
-    d4rl/antmaze-medium-diverse-v2 d4rl/antmaze-large-play-v2 d4rl/antmaze-large-diverse-v2 \
-    --out runs/gsflow-tables/d4rl "$@" -- --offline-steps 500000
-python benchmark/launch.py --algos "$GSFLOW" "$FQL" --seeds 0 1 2 3 4 \
+# D4RL: antmazes and cloned Adroit offline, then online (500K, then 500K steps).
+python benchmark/launch.py --share-offline --algos "$GSFLOW" "$FQL" \
+    "gsflow-online=$GSFLOW --online-steps 500000" "fql-online=${FQL#*=} --online-steps 500000" \
     --tasks d4rl/antmaze-umaze-v2 d4rl/antmaze-umaze-diverse-v2 d4rl/antmaze-medium-play-v2 \
     d4rl/antmaze-medium-diverse-v2 d4rl/antmaze-large-play-v2 d4rl/antmaze-large-diverse-v2 \
     d4rl/pen-cloned-v1 d4rl/door-cloned-v1 d4rl/hammer-cloned-v1 d4rl/relocate-cloned-v1 \
-    --out runs/gsflow-tables/d4rl-online "$@" -- --offline-steps 500000 --online-steps 500000
+    --seeds 0 1 2 3 4 --out runs/gsflow-tables/d4rl "$@" -- --offline-steps 500000
 
 # The paper's pixel table needs environments that are not here.

@@ -7,7 +7,9 @@
     python benchmark/launch.py --algos gsflow "fql=gsflow --prior gaussian --student deterministic"
         --tasks "antmaze-large --alpha 10" scene -- --num-seeds 4              (all in one line)
     python benchmark/launch.py --status runs                                  # Ctrl-C ends it only
-    bash benchmark/gsflow.sh --plan           # what the runs would cost, counted; starts nothing
+    python benchmark/launch.py --share-offline --algos fmq "mvp=fmq --online-objective mvp"
+        --tasks cube-double-task4 --workers 2                                 # one offline phase
+    bash benchmark/gsflow.sh --dry-run        # what the runs would cost, counted; starts nothing
 
 An algorithm is `[LABEL=]SCRIPT [FLAGS]`, a task `TASK [FLAGS]`; what follows a lone `--` goes to
 every run. The flags are checked, and the task's defaults filled in, before anything starts.
@@ -17,6 +19,11 @@ arguments, in whatever way they were given. A run with a result.json there is fi
 again; one with a checkpoint is resumed; so the same command goes on after a crash, a Ctrl-C or a
 time limit. Ctrl-C stops the runs at their next dispatch, with a checkpoint; twice stops them at
 once. The log of a run is log.txt beside its run directory.
+
+With --share-offline each run that has an offline and an online phase begins (--start-from) at the
+end of a run of its offline phase alone, labelled SCRIPT-offline; runs whose flags differ in nothing
+but those of ONLINE below begin at the same one, also at one of another launch with the same --out.
+They are as if made in one go and have the same directories, and they wait until it has finished.
 
 --status OUT shows the runs that launchers have begun below OUT, anew every two seconds until a
 Ctrl-C: progress, rate, ETA, the headline metric of the last evaluation, the last line of the log
@@ -40,12 +47,35 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 HERE = Path(__file__).resolve().parent
 NOT_HASHED = ("seed", "out_dir", "resume", "evaluate", "video")
+ONLINE = {  # the flags of a script that its offline phase does not read
+    "gsflow": (
+        "online_steps", "num_envs", "utd",  # steps of the environment, updates after each
+        "buffer_size", "balanced_sampling",  # which online rows are kept and drawn
+        "behavior_temperature",  # of exploration
+        "online_alpha", "online_td_temperature",  # offline: alpha, offline_td_temperature
+    ),
+    "fmq": (
+        "online_steps", "learning_starts", "utd",  # steps of the environment, updates after each
+        "buffer_size",  # how many online rows are kept
+        "online_objective", "q_agg_online",  # offline: the flow map's own loss, q_agg_offline
+        "mvp_target",  # of --online-objective mvp
+        "eta", "adaptive_eta", "beta", "normalize_grad", "grad_at",  # of the guided step, fmq's
+        "online_cons_weight", "online_diag_weight",  # of what is added to fmq's loss
+    ),
+    "sac_flow": (
+        "online_steps", "learning_starts", "num_envs", "utd",  # as above
+        "buffer_size",  # how many online rows are kept
+        "beta_online",  # offline: beta
+    ),
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -71,7 +101,11 @@ class Args:
     algos_dir: str = str(HERE.parent / "algos")  # where the scripts are
     status: str | None = None  # show the runs below this directory and start nothing
     once: bool = False  # with --status: print the table once (also done where there is no terminal)
-    plan: bool = False  # count what the runs would cost, from their arithmetic; starts nothing
+    share_offline: bool = False
+    """runs that differ only in what matters online start from the end of one offline phase"""
+    plan: Annotated[bool, tyro.conf.arg(aliases=["--dry-run"])] = False
+    """count the runs, their updates and, from their arithmetic, what they would cost; starts
+    nothing"""
     gpus: int = 8  # with --plan: GPUs
     tflops: float = 67.0  # with --plan: a GPU's peak rate (an H100's in float32; in TF32: 495)
     share: float = 0.3  # with --plan: the part of it that runs are assumed to reach
@@ -87,6 +121,8 @@ class Job:
     seed: int
     flags: tuple[str, ...]
     home: Path
+    base: "Job | None" = None  # the run of its offline phase, at whose end this one starts
+    online_flags: tuple[str, ...] = ()  # what it then sets
 
     def __str__(self):
         return f"{self.label} {self.task} seed {self.seed}"
@@ -108,8 +144,17 @@ class Job:
         return "new", None
 
     def command(self):
-        state, directory = self.find()
-        flags = ["--resume", str(directory)] if state == "resume" else self.flags
+        """Its words; of a base that has not finished a shell finds the directory, afterwards."""
+        (state, directory), flags = self.find(), self.flags
+        if state == "resume":
+            flags = ["--resume", str(directory)]
+        elif self.base:
+            there, start = self.base.find()
+            if there != "finished":
+                ended = f"{shlex.quote(str(self.base.home))}/*/result.json"
+                start = f'"$(dirname "$(ls {ended} | tail -n 1)")"'
+            own = ["--out-dir", str(self.home)]
+            flags = ["--start-from", str(start), *self.online_flags, *own]
         return [sys.executable, os.path.relpath(self.script), *flags]
 
 
@@ -125,7 +170,8 @@ def load_script(path):
 
 
 def resolve(script, flags, where):
-    """The arguments with which the script's `main` would call its `train`, or its refusal."""
+    """(arguments as given, those with which the script's `main` would call its `train`), or its
+    refusal."""
     found, refusal, train = [], io.StringIO(), script.train
     script.train = lambda args, task: found.append(args)
     try:
@@ -134,7 +180,7 @@ def resolve(script, flags, where):
             if args.resume or args.evaluate:
                 raise UserError("--resume and --evaluate belong to the scripts, not to a launch")
             script.main(args)
-        return found[0]
+        return args, found[0]
     except script.UserError as e:
         raise UserError(f"{where}: {e}") from e
     except SystemExit as e:  # tyro has said which flag is wrong
@@ -167,7 +213,7 @@ def expand(args, extra):
 
 def make_job(label, path, flags, seed, out):
     """A job whose directory follows from the arguments it resolves to."""
-    resolved = dataclasses.asdict(resolve(load_script(path), flags, f"{label} {flags[1]}"))
+    resolved = dataclasses.asdict(resolve(load_script(path), flags, f"{label} {flags[1]}")[1])
     task = resolved["env_id"].removesuffix("-v0").replace("/", "-")
     if resolved["seed"] != seed:
         raise UserError("give seeds with --seeds, not as a flag of the runs")
@@ -177,11 +223,76 @@ def make_job(label, path, flags, seed, out):
     return Job(label, path, task, seed, (*flags, "--out-dir", str(home)), home)
 
 
+def as_flags(args_type, values):
+    """{argument: value} -> the words that set them."""
+    types, words = typing.get_type_hints(args_type), []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if types[name] is bool:
+            words += ["--" + flag if value else "--no-" + flag]
+        else:
+            words += ["--" + flag, *map(str, value if isinstance(value, tuple) else [value])]
+    return words
+
+
+def offline_phase(job, out):
+    """The run of a job's offline phase alone -> (Job, words that set what differs online), or None
+    where the job has not both phases."""
+    script, stem = load_script(job.script), job.script.stem
+    given, full = resolve(script, job.flags, str(job))
+    if not (getattr(full, "online_steps", 0) and getattr(full, "offline_steps", 0)):
+        return None
+    if stem not in ONLINE or given.start_from:
+        why = "has --start-from" if stem in ONLINE else "is of a script without an entry in ONLINE"
+        raise UserError(f"{job} {why}: leave --share-offline out")
+    defaults = script.Args()
+    alone = {n: getattr(defaults, n) for n in (*ONLINE[stem], "out_dir")} | {"online_steps": 0}
+    given = dataclasses.replace(given, **alone)
+
+    def make():
+        own = {n: v for n, v in vars(given).items() if v != getattr(defaults, n)}
+        words = as_flags(script.Args, dict(env_id=given.env_id, seed=given.seed) | own)
+        base = make_job(f"{stem}-offline", job.script, words, job.seed, out)
+        alone = resolve(script, words, str(base))[1]
+        return base, {n for n, v in vars(full).items() if v != getattr(alone, n)}
+
+    base, differing = make()
+    # what a task sets may depend on whether there is an online phase, as FQL's alpha does
+    if wrong := differing - {*ONLINE[stem], "out_dir"}:
+        given = dataclasses.replace(given, **{n: getattr(full, n) for n in wrong})
+        base, differing = make()
+    if wrong := differing - {*ONLINE[stem], "out_dir"}:
+        raise UserError(f"{job}: {', '.join(wrong)} cannot be shared; leave --share-offline out")
+    online = {n: getattr(full, n) for n in ONLINE[stem] if n in differing}
+    return base, tuple(as_flags(script.Args, online))
+
+
+def share_offline(jobs, out):
+    """Put before the jobs with both phases the runs of their offline phase, once each; one that is
+    among the jobs, or has finished below `out` under whatever label, serves as well."""
+    bases, shared = {(job.task, job.home.name): job for job in jobs}, {}
+    for job in jobs:
+        found = offline_phase(job, out) if job.find()[0] == "new" else None
+        if found:
+            base, words = found
+            key = base.task, base.home.name
+            for home in sorted(out.glob("/".join(["*", *key]))):
+                if any(home.glob("*/result.json")) and any(home.glob("*/offline.msgpack")):
+                    known = dataclasses.replace(base, label=home.parent.parent.name, home=home)
+                    bases.setdefault(key, known)
+            base = bases.setdefault(key, base)
+            shared[base] = None
+            job = dataclasses.replace(job, base=base, online_flags=words)
+        shared[job] = None
+    return list(shared)
+
+
 def print_commands(jobs):
     """One line a run; those that are finished as comments."""
     for job in jobs:
         state, directory = job.find()
-        command = shlex.join(["python", *job.command()[1:]])
+        words = ["python", *job.command()[1:]]
+        command = " ".join(w if w.startswith('"$(') else shlex.quote(w) for w in words)
         print(f"# finished: {directory}" if state == "finished" else command)
 
 
@@ -213,23 +324,30 @@ def write_slurm(path, template, jobs, args, extra):
 
 
 def print_plan(jobs, args):
-    """What the runs that are not finished would cost, one line per method."""
+    """What the runs that are not finished would cost, one line per method: updates of all seeds,
+    operations, hours."""
     import speed  # beside this file
 
     known, rows = {}, {}  # what a run costs depends on neither its seed nor, nearly, its task
     for job in (job for job in jobs if job.find()[0] != "finished"):
-        resolved = resolve(load_script(job.script), job.flags, str(job))
+        resolved = resolve(load_script(job.script), job.flags, str(job))[1]
+        if job.base:
+            resolved = dataclasses.replace(resolved, offline_steps=0)
         setting = job.script.stem, dataclasses.replace(resolved, seed=0, env_id="", out_dir="")
         if setting not in known:
-            known[setting] = speed.run_flops(job.script.stem, resolved)
+            online = getattr(resolved, "online_steps", 0) * getattr(resolved, "utd", 1)
+            updates = resolved.num_seeds * (resolved.offline_steps + online)
+            known[setting] = updates, speed.run_flops(job.script.stem, resolved)
         rows.setdefault(job.label, []).append(known[setting])
     rate = args.tflops * args.share * 1e12
     print(f"counted, not measured: products only, no evaluation; assumed {args.share:.0%} of "
           f"{args.tflops:g} TFLOP/s")  # fmt: skip
-    print("| method | runs | PFLOP a run | GPU hours |\n|---|---|---|---|")
+    print("| method | runs | million updates | PFLOP a run | GPU hours |\n|---|---|---|---|---|")
     for label, costs in [*rows.items(), ("all", [cost for own in rows.values() for cost in own])]:
-        mean, hours = sum(costs) / max(1, len(costs)), sum(costs) / rate / 3600
-        print(f"| {label} | {len(costs)} | {mean / 1e15:.3g} | {hours:,.1f} |")
+        updates, work = (sum(x) for x in zip(*costs, strict=True)) if costs else (0, 0)
+        mean, hours = work / max(1, len(costs)), work / rate / 3600
+        row = label, len(costs), f"{updates / 1e6:,.6g}", f"{mean / 1e15:.3g}", f"{hours:,.1f}"
+        print("| " + " | ".join(map(str, row)) + " |")
     print(f"{hours / args.gpus:,.1f} hours on {args.gpus} GPUs")
 
 
@@ -242,6 +360,7 @@ class Launch:
         self.runs_per_device = -(-min(workers, len(jobs)) // max(1, len(devices)))
         self.running = {}  # worker -> (job, process, lock, start)
         self.finished, self.before, self.stopped, self.failed = [], [], [], []
+        self.waiting = list(jobs)
         self.signals, self.said, self.wide = 0, 0.0, sys.stdout.isatty()
 
     def on_signal(self, number, frame):
@@ -279,7 +398,7 @@ class Launch:
         lock = open(job.home / "lock", "w")  # held by the run itself, until it ends
         if not take(lock, tries=4):
             lock.close()
-            self.failed.append((job, f"another launcher is running it, see {job.log}"))
+            self.fail(job, f"another launcher is running it, see {job.log}")
             return
         facts = dict(label=job.label, script=job.script.stem, flags=job.flags)
         (job.home / "launch.tmp").write_text(json.dumps(facts, indent=2) + "\n")
@@ -318,23 +437,37 @@ class Launch:
             self.stopped.append(job)
         else:
             reason = f"exit code {process.returncode}: {last_line(job.log)}"
-            self.failed.append((job, reason))
+            self.fail(job, reason)
             self.say(f"failed {job}, {reason}")
+
+    def fail(self, job, reason):
+        """Note a failure, of the runs that would start from this one too."""
+        self.failed.append((job, reason))
+        for other in [other for other in self.waiting if other.base == job]:
+            self.waiting.remove(other)
+            self.fail(other, f"waited for {job}, which failed")
+
+    def next(self):
+        """Take the first job that need not wait for another one, or None."""
+        done = {None, *self.finished, *self.before}
+        for job in self.waiting:
+            if job.base in done:
+                self.waiting.remove(job)
+                return job
 
     def __call__(self):
         """Run everything -> exit code."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        waiting = list(self.jobs)
-        while self.running or (waiting and not self.signals):
+        while self.running or (self.waiting and not self.signals):
             for worker in range(self.workers):
-                while waiting and worker not in self.running and not self.signals:
-                    self.start(waiting.pop(0), worker)
+                while worker not in self.running and not self.signals and (job := self.next()):
+                    self.start(job, worker)
             for worker in [w for w, r in self.running.items() if r[1].poll() is not None]:
                 self.collect(worker)
             self.show_progress()
             time.sleep(0.2)
-        return self.summary(len(waiting) + len(self.stopped))
+        return self.summary(len(self.waiting) + len(self.stopped))
 
     def summary(self, left):
         """What happened, the failures with their logs, how to go on -> exit code."""
@@ -343,7 +476,9 @@ class Launch:
             f"{len(self.failed)} failed, {left} left"
         )
         for job, reason in self.failed:
-            print(f"failed: {job}: {reason}\n  log: {job.log}")
+            print(f"failed: {job}: {reason}")
+            if job.log.is_file():
+                print(f"  log: {job.log}")
         if left:
             print("stopped; the same command goes on where the runs stand")
         return 130 if left else int(bool(self.failed))
@@ -508,7 +643,13 @@ def main(argv):
             with contextlib.suppress(KeyboardInterrupt):
                 return watch(args.status, args.once)
             return 0
+        if args.share_offline and (args.slurm or args.index is not None):
+            raise UserError(
+                "--share-offline needs --workers: a run of a SLURM array cannot wait for "
+                "another one; leave out either"
+            )
         jobs = expand(args, extra)
+        jobs = share_offline(jobs, Path(args.out)) if args.share_offline else jobs
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

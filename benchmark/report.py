@@ -109,9 +109,16 @@ class Run:
 
     @functools.cached_property
     def rows(self):
-        """The lines of metrics.csv."""
-        with open(self.directory / "metrics.csv", newline="") as file:
-            return list(csv.DictReader(file))
+        """The lines of metrics.csv, after those of the offline phase with which the run began
+        where that was another run's (--start-from) and is still there."""
+        paths, rows = [self.directory / "metrics.csv"], []
+        if start := self.args.get("start_from"):
+            paths = [Path(start) / "metrics.csv", *paths]
+        for path in (path for path in paths if path.is_file()):
+            with open(path, newline="") as file:
+                end = math.inf if path == paths[-1] else self.args["offline_steps"]
+                rows += [r for r in csv.DictReader(file) if int(r["step"]) <= end]
+        return rows
 
 
 @dataclasses.dataclass
@@ -347,7 +354,7 @@ def published_entries(published, group, metric):
     """Others' numbers for a method, task and metric -> [(method, value text, source)]."""
     found = []
     for entry in published["results"]:
-        value = entry["values"].get(group.args["env_id"])
+        value = entry["values"].get(group.task)  # its full name
         fits = all(group.args.get(k) == v for k, v in entry["where"].items())
         online = bool(group.args.get("online_steps"))
         if value is None or group.runs[0].facts["algo"] != entry["script"] or not fits:

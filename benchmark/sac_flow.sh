@@ -5,6 +5,7 @@
 # and without noise are ours.
 #   bash benchmark/sac_flow.sh                                 print all commands
 #   bash benchmark/sac_flow.sh --workers 4 --devices 0 1 2 3   run them on four GPUs
+#   bash benchmark/sac_flow.sh --dry-run                       count runs, updates and GPU hours
 # One seed takes 15 to 25 PFLOP (MuJoCo, 1M steps), about 19 (cubes). Then:
 #   python benchmark/report.py runs/sac-flow-tables
 set -euo pipefail

@@ -1,4 +1,5 @@
-"""The launcher: expansion, skipping, resuming, failures, Ctrl-C, SLURM, and the .sh files."""
+"""The launcher: expansion, skipping, resuming, shared offline phases, failures, Ctrl-C, SLURM, the
+.sh files."""
 
 import fcntl
 import itertools
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SCRIPTS, load_script
+from helpers import assert_same_end, rows_without_time
 
 LAUNCH = ROOT / "benchmark" / "launch.py"
 FAKE = """
@@ -79,6 +81,90 @@ if __name__ == "__main__":
     else:
         main(args)
 """
+# Under the name of a script with two phases, whose online flags the launcher knows. Like FQL's, the
+# default of alpha depends on whether there is an online phase.
+PHASES = """
+import dataclasses, json, signal, sys, time
+from pathlib import Path
+
+import tyro
+
+
+class UserError(Exception):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    env_id: str = "toy"
+    seed: int = 0
+    out_dir: str = "runs"
+    resume: str | None = None
+    evaluate: str | None = None
+    start_from: str = ""
+    offline_steps: int = 3
+    online_steps: int = 0
+    beta_online: float | None = None
+    learning_starts: int = 0
+    num_envs: int = 1
+    utd: float = 1.0
+    buffer_size: int = 9
+    widths: tuple[int, ...] = (4, 4)
+    layer_norm: bool = True
+    alpha: float | None = None
+    pace: float = 0.0
+    breaks: int = -1  # before this step
+
+
+def train(args, task):
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    directory = Path(args.resume or Path(args.out_dir) / f"run-{time.time_ns()}")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "args.json").write_text(json.dumps(dataclasses.asdict(args)))
+    end, step = args.offline_steps + args.online_steps, 0
+    if args.start_from:
+        step = int((Path(args.start_from) / "offline.msgpack").read_text())
+    if args.resume:
+        step = int((directory / "checkpoint.msgpack").read_text())
+    while step < end:
+        time.sleep(args.pace)
+        if step == args.breaks:
+            sys.exit("error: it broke")
+        with open(directory / "steps.txt", "a") as file:
+            print(step, file=file)
+        step += 1
+        (directory / "checkpoint.msgpack").write_text(str(step))
+        if step == args.offline_steps:
+            (directory / "offline.msgpack").write_text(str(step))
+        if stop and step < end:
+            sys.exit(143)
+    (directory / "result.json").write_text("{}")
+    print("done")
+
+
+def main(args):
+    if args.alpha is None:
+        args = dataclasses.replace(args, alpha=5.0 if args.online_steps else 3.0)
+    if args.beta_online is None:
+        args = dataclasses.replace(args, beta_online=args.alpha)
+    train(args, None)
+
+
+def stored(path, **more):
+    values = json.loads((Path(path) / "args.json").read_text()) | more
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.resume:
+        train(Args(**stored(args.resume, resume=args.resume)), None)
+    elif args.start_from:
+        main(tyro.cli(Args, default=Args(**stored(args.start_from, resume=None))))
+    else:
+        main(args)
+"""
 # the options that the sbatch manual page documents, among those a template may use
 SBATCH = "account array constraint cpus-per-task gpus gres job-name mail-type mem nodes ntasks "
 SBATCH += "open-mode output error partition qos requeue signal time"
@@ -90,6 +176,7 @@ def launch(tmp_path):
     algos = tmp_path / "algos"
     algos.mkdir()
     (algos / "fake.py").write_text(FAKE)
+    (algos / "sac_flow.py").write_text(PHASES)
 
     def command(*words, out="runs", tasks=("toy",)):
         own = ["--algos-dir", algos, "--out", tmp_path / out, "--tasks", *tasks]
@@ -275,6 +362,203 @@ def test_progress_line_names_the_runs(launch):
     assert re.search(r"0/1 done \| 1 running \| fake toy seed 0: ", done.stdout)
 
 
+# ---- one offline phase for several runs ----
+ARMS = ["a=sac_flow --online-steps 2", "b=sac_flow --online-steps 4 --utd 0.5 --beta-online 7"]
+ARMS += ["c=sac_flow --online-steps 2 --no-layer-norm --widths 8"]
+
+
+def runs_of(tmp_path, out="runs"):
+    """{label-seed: (steps done, arguments)}; of each there is one directory."""
+    found = {}
+    for path in tmp_path.glob(f"{out}/*/*/*/*/steps.txt"):
+        name = f"{path.parts[-5]}-{path.parts[-3][0]}"
+        name += "*" * (name in found)
+        args = json.loads(path.with_name("args.json").read_text())
+        found[name] = path.read_text().split(), args
+    return found
+
+
+def test_shared_offline_phase(launch, tmp_path):
+    """Two arms of one offline phase, one of another, on two workers; then once more."""
+    command = launch("--algos", *ARMS, "--seeds", 0, 1, "--share-offline", "--workers", 2)
+    done = call(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10 runs: 10 finished now, 0 before, 0 failed, 0 left" in done.stdout
+    found = runs_of(tmp_path)
+    names = {f"{arm}-{s}" for arm in ("a", "b", "c", "sac_flow-offline") for s in (0, 1)}
+    assert set(found) == names | {"sac_flow-offline-0*", "sac_flow-offline-1*"}
+    for name, (steps, args) in found.items():
+        online = {"a": ["3", "4"], "b": ["3", "4", "5", "6"], "c": ["3", "4"]}.get(name[0])
+        assert steps == (online or ["0", "1", "2"]), name
+        assert args["alpha"] == 5  # as of a run with both phases
+        if online:  # as if made in one go
+            (base,) = [x for x in found.values() if x[1]["out_dir"] in args["start_from"]]
+            same = ("seed", "alpha", "widths", "layer_norm", "offline_steps", "env_id")
+            assert [args[n] for n in same] == [base[1][n] for n in same]
+    assert found["b-1"][1]["beta_online"] == 7 and found["b-1"][1]["utd"] == 0.5
+    assert found["a-1"][1]["beta_online"] == 5 and found["a-1"][1]["utd"] == 1
+    assert found["c-0"][1]["widths"] == [8] and not found["c-0"][1]["layer_norm"]
+
+    again = call(command)
+    assert again.returncode == 0 and "0 finished now" in again.stdout
+    assert runs_of(tmp_path) == found
+    assert "python" not in call(launch("--algos", *ARMS, "--seeds", 0, 1)).stdout  # nor in one go
+
+
+def test_shared_commands_run_in_a_shell(launch, tmp_path):
+    """What is printed, one line after the other, in a directory with a space."""
+    words = ("--algos", *ARMS[:2], "fake", "--seeds", 0, "--share-offline")
+    printed = call(launch(*words, out="all runs")).stdout
+    first, *arms, other = printed.splitlines()
+    assert "--online-steps" not in first and "--alpha 5.0" in first
+    assert len(arms) == 2 and all(" --start-from " in line for line in arms)
+    assert "--utd 0.5" in arms[1] and "--utd" not in arms[0] and "fake.py" in other
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    env = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    assert call(["bash", "-ec", printed], env=env).returncode == 0
+    found = runs_of(tmp_path, "all runs")
+    assert {name: steps[0] for name, (steps, _) in found.items()} == {
+        "sac_flow-offline-0": "0", "a-0": "3", "b-0": "3", "fake-0": "0"
+    }  # fmt: skip
+    printed = call(launch(*words, out="all runs")).stdout.splitlines()
+    assert len(printed) == 3 and all(line.startswith("# finished: ") for line in printed)
+
+
+def test_shared_offline_phase_that_is_there(launch, tmp_path):
+    """One of an earlier launch, under another label; one that is in this launch anyway."""
+    assert (
+        call(launch("--algos", "x=sac_flow --alpha 5", "--seeds", 0, "--workers", 1)).returncode
+        == 0
+    )
+    words = ["--algos", *ARMS[:2], "y=sac_flow --alpha 6", "z=sac_flow --alpha 6 --online-steps 1"]
+    done = call(launch(*words, "--seeds", 0, "--share-offline", "--workers", 2))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 runs: 4 finished now, 1 before" in done.stdout
+    found = runs_of(tmp_path)
+    assert set(found) == {"x-0", "a-0", "b-0", "y-0", "z-0"}
+    for arm, base in (("a", "x"), ("b", "x"), ("z", "y")):
+        assert f"/{base}/toy/0-" in found[f"{arm}-0"][1]["start_from"]
+
+
+def test_shared_offline_phase_is_interrupted(launch, tmp_path):
+    """In the offline phase, then in the online one; the same command goes on, each step once."""
+    words = ["--algos", *ARMS[:2], "--seeds", 0, "--share-offline", "--workers", 2]
+    command = launch(*words, "--", "--pace", 0.3)
+    for label in ("sac_flow-offline-0", "b-0"):
+        launcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        wait_for(lambda label=label: label in runs_of(tmp_path))
+        launcher.send_signal(signal.SIGINT)
+        out, _ = launcher.communicate(timeout=30)
+        assert launcher.returncode == 130 and "the same command goes on" in out, out
+    again = call(command)
+    assert again.returncode == 0 and "resumed from" in again.stdout, again.stdout
+    found = {name: steps for name, (steps, _) in runs_of(tmp_path).items()}
+    steps = [str(i) for i in range(7)]
+    assert found == {"sac_flow-offline-0": steps[:3], "a-0": steps[3:5], "b-0": steps[3:]}
+
+
+def test_failed_offline_phase_names_what_waits_for_it(launch, tmp_path):
+    algos = ["--algos", "a=sac_flow --breaks 1", "b=sac_flow --breaks 1 --utd 2", "c=sac_flow"]
+    words = [*algos, "--seeds", 0, "--share-offline", "--workers", 1, "--", "--online-steps", 2]
+    done = call(launch(*words))
+    assert done.returncode == 1 and "5 runs: 2 finished now, 0 before, 3 failed" in done.stdout
+    listed = done.stdout[done.stdout.index("5 runs:") :].splitlines()
+    failed = [line for line in listed if line.startswith("failed: ")]
+    assert "exit code 1: error: it broke" in failed[0]
+    base = "sac_flow-offline toy seed 0"
+    assert failed[1:] == [f"failed: {x} toy seed 0: waited for {base}, which failed" for x in "ab"]
+    assert set(runs_of(tmp_path)) == {"sac_flow-offline-0", "sac_flow-offline-0*", "c-0"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--slurm", "jobs.sh"], "cannot wait for another one"),
+        (["--index", 0, "--workers", 1], "cannot wait for another one"),
+        (["--workers", 1, "--", "--start-from", "runs/x"], "has --start-from"),
+    ],
+)
+def test_sharing_is_refused(launch, tmp_path, words, says):
+    command = launch("--algos", ARMS[0], "--seeds", 0, "--share-offline", *words)
+    done = call(command, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["algos"]
+
+
+TWO_PHASES = [stem for stem in ("fmq", "gsflow", "sac_flow") if stem in SCRIPTS]
+
+
+@pytest.mark.parametrize("stem", TWO_PHASES)
+def test_online_flags_are_flags_of_the_script(stem):
+    script, names = load_script(ROOT / "algos" / f"{stem}.py"), load_script(LAUNCH).ONLINE[stem]
+    fields = set(script.Args.__dataclass_fields__)
+    assert len(set(names)) == len(names) and set(names) <= fields
+    assert {n for n in fields if "online" in n} <= set(names)
+    # what may still change when a run without online phase is resumed is of the online phase
+    if script.FREE_ALSO:
+        assert set(script.FREE_ALSO) == set(names) - {"online_steps"}
+
+
+SMALL = "--offline-steps 40 --eval-interval 40 --checkpoint-interval 40 --log-interval 20 "
+SMALL += "--eval-episodes 2 --batch-size 16 --num-seeds 2"
+OTHERWISE = {  # arms that between them set every online flag to something else, and small networks
+    "gsflow": (
+        "--hidden-dims 8 8 --prior-hidden-dims 8",
+        "--online-steps 40 --num-envs 2 --utd 2 --buffer-size 2010 --balanced-sampling "
+        "--behavior-temperature 0.5 --online-alpha 2 --online-td-temperature 0.5",
+    ),
+    "fmq": (
+        "--hidden-dims 8 8 --num-samples 2 --horizon 4 --eval-modes one-step",
+        "--online-steps 40 --learning-starts 8 --utd 2 --buffer-size 2010 --q-agg-online mean "
+        "--eta 0.5 --beta 0.1 --no-normalize-grad --grad-at online --online-cons-weight 0.1 "
+        "--online-diag-weight 0.1",
+        "--online-steps 40 --learning-starts 8 --online-objective mvp --mvp-target reselect",
+        "--online-steps 40 --learning-starts 8 --no-adaptive-eta",
+    ),
+    "sac_flow": (
+        "--d-model 8 --critic-hidden-dims 8 --flow-steps 2",
+        "--online-steps 40 --learning-starts 8 --num-envs 2 --utd 0.5 --buffer-size 500 "
+        "--beta-online 3",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", TWO_PHASES)
+def test_shared_runs_equal_runs_in_one_go(stem, data_dir, tmp_path):
+    """Bit for bit, whatever online flag is another one: the offline phase reads none of them."""
+    sizes, *arms = OTHERWISE[stem]
+    flags = set(re.findall(r"--(?:no-(?=norm|adapt))?([a-z-]+)", " ".join(arms)))
+    assert flags == {n.replace("_", "-") for n in load_script(LAUNCH).ONLINE[stem]}
+    algos = [f"arm{i}={stem} {arm}" for i, arm in enumerate(arms)]
+    tail = ["--", *SMALL.split(), *sizes.split(), "--dataset-dir", data_dir]
+    for out, more in (("shared", ["--share-offline"]), ("whole", [])):
+        words = ["--algos", *algos, "--tasks", "pointmaze-medium", "--seeds", 0, "--workers", 1]
+        words += ["--out", tmp_path / out, *more, *tail]
+        done = subprocess.run(
+            [sys.executable, LAUNCH, *map(str, words)], capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    script = load_script(ROOT / "algos" / f"{stem}.py")
+    (base,) = (path.parent for path in (tmp_path / "shared").glob("*-offline/*/*/*/args.json"))
+    for i in range(len(arms)):
+        whole, shared = (
+            next((tmp_path / out).glob(f"arm{i}/*/*/*/args.json")).parent
+            for out in ("whole", "shared")
+        )
+        assert whole.parent.relative_to(tmp_path / "whole") == shared.parent.relative_to(
+            tmp_path / "shared"
+        )
+        assert_same_end(script, whole, shared)
+        assert rows_without_time(whole) == rows_without_time(base) + rows_without_time(shared)
+        args = [json.loads((run / "args.json").read_text())["args"] for run in (whole, shared)]
+        assert args[1].pop("start_from") == str(base) and args[0].pop("start_from") == ""
+        assert all(a.pop("out_dir") for a in args) and args[0] == args[1]
+
+
 # ---- watching ----
 def make_run(root, seed, log, rows=(), args=None, result=False):
     """A run's directory as a launcher leaves it -> its home."""
@@ -457,15 +741,30 @@ def test_plan_counts_what_runs_would_cost(tmp_path):
     rows = [[x.strip() for x in r.split("|")[1:-1]] for r in done.stdout.splitlines() if "|" in r]
     costs = {row[0]: row[1:] for row in rows[2:]}
     # a million updates of three seeds: 61.8 and 12.0 GFLOP each (tests/test_speed.py)
-    assert costs["gsflow"] == ["2", "185", f"{2 * 3 * 61.8e15 / 50e12 / 3600:,.1f}"]
-    assert costs["fql"][:2] == ["2", "36"] and costs["all"][0] == "4"
+    assert costs["gsflow"] == ["2", "6", "185", f"{2 * 3 * 61.8e15 / 50e12 / 3600:,.1f}"]
+    assert costs["fql"][:3] == ["2", "6", "36"] and costs["all"][:2] == ["4", "12"]
     assert "counted, not measured" in done.stdout and "hours on 2 GPUs" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_plan_counts_a_shared_phase_once(tmp_path):
+    words = ["--algos", "fmq", "mvp=fmq --online-objective mvp", "--tasks", "cube-double-task4"]
+    words += ["--seeds", "0", "--out", tmp_path, "--dry-run"]
+    tables = []
+    for more in ([], ["--share-offline"]):
+        done = call([sys.executable, LAUNCH, *words, *more])
+        rows = [x.split("|")[1:-1] for x in done.stdout.splitlines() if x.startswith("|")][2:]
+        tables.append({row[0].strip(): [float(x) for x in row[1:]] for row in rows})
+    whole, shared = tables
+    assert whole["all"][:2] == [2, 4] and shared["all"][:2] == [3, 3]
+    assert shared["fmq-offline"][:2] == shared["mvp"][:2] == shared["fmq"][:2] == [1, 1]
+    assert shared["fmq-offline"][2] + shared["mvp"][2] == pytest.approx(whole["mvp"][2], rel=0.01)
+
+
 # ---- commands in files ----
-def launcher_calls(script, tmp_path):
-    """Arguments of each launch.py call in a shell script."""
+def launcher_calls(script, tmp_path, *words):
+    """Arguments of each launch.py call in a shell script that is given `words`."""
     log = tmp_path / "calls"
     python = tmp_path / "python"
     python.write_text(
@@ -474,7 +773,7 @@ def launcher_calls(script, tmp_path):
     )
     python.chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run(["bash", script], env=env, check=True, timeout=60)
+    subprocess.run(["bash", script, *words], env=env, check=True, timeout=60)
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
@@ -491,7 +790,29 @@ def test_table_scripts(stem, tmp_path, capsys, monkeypatch):
     for argv in calls:
         assert argv[0] == "benchmark/launch.py" and module.main(argv[1:]) == 0
         commands = capsys.readouterr().out.splitlines()
-        assert commands and all(f"{stem}.py --env-id" in line for line in commands)
+        begins = re.compile(rf"python \S*{stem}\.py --(env-id|start-from) ")
+        assert commands and all(map(begins.match, commands))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", SCRIPTS)
+def test_table_scripts_count_what_they_would_cost(stem, tmp_path, capsys, monkeypatch):
+    """`bash benchmark/METHOD.sh --dry-run`: a table per launch, and nothing is made."""
+    calls = launcher_calls(ROOT / "benchmark" / f"{stem}.sh", tmp_path, "--dry-run")
+    module, empty = load_script(LAUNCH), tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    monkeypatch.syspath_prepend(ROOT / "benchmark")  # as where it is a script
+    for argv in calls:
+        assert argv[0] == "benchmark/launch.py" and module.main(argv[1:]) == 0
+        out = capsys.readouterr().out
+        assert f"{stem}.py" not in out
+        rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("|")]
+        runs, updates, work, _ = map(float, rows[-1][1:])
+        assert rows[-1][0].strip() == "all" and min(runs, updates, work) > 0
+        totals = zip(*[map(float, row[1:]) for row in rows[2:-1]], strict=True)
+        assert [sum(column) for column in totals][:2] == pytest.approx([runs, updates])
+    assert not list(empty.iterdir())
 
 
 def test_readme_launcher_commands(capsys, tmp_path, monkeypatch):
