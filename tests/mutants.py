@@ -42,8 +42,6 @@ NORMALISE = (
     'for name in ("obs", "next_obs"):\n            batch[name]',
     ('for name in ("obs",):\n            batch[name]'),
 )
-HOST_ENDS = "test_sac_flow_runs::test_ends_of_episodes[1-host]"
-JAX_ENDS = "test_sac_flow_runs::test_ends_of_episodes[1-jax]"
 WIRED = "test_wiring::"
 TD, LEARN = WIRED + "test_td_target_and_keys", WIRED + "test_batches_and_keys"
 ACT, PHASES = WIRED + "test_exploring_actions", WIRED + "test_phases_and_stored_rows"
@@ -80,7 +78,8 @@ MUTANTS = [
     Mutant("gsflow-utd", "gsflow", "repeat(learn, args.num_envs * args.utd)",
            "repeat(learn, args.num_envs)", f"{PHASES}[gsflow-jax]"),
     Mutant("gsflow-newest-row", "gsflow", "newest = (added - 1) % capacity",
-           "newest = added % capacity", "test_replay::test_no_window_crosses_the_write_pointer"),
+           "newest = added % capacity",
+           "test_replay::test_no_window_crosses_the_write_pointer[4-1]"),
     Mutant("gsflow-balanced-half", "gsflow", "< batch_size // 2) & (added > 0)",
            "< batch_size // 3) & (added > 0)", "test_replay::test_balanced_sampling"),
     # ---- flowq.py ----
@@ -159,13 +158,14 @@ MUTANTS = [
     Mutant("window-over-the-pointer", "chunks", "num_online - (horizon - 1) * stride, 0)",
            "num_online, 0)", "test_sac_flow_updates::test_ring_seam"),
     # ---- online ----
-    Mutant("stored-masks", "online", 'masks=1.0 - out["terminated"]', "masks=1.0 - done", JAX_ENDS),
+    Mutant("stored-masks", "online", 'masks=1.0 - out["terminated"]', "masks=1.0 - done",
+           f"{PHASES}[gsflow-jax]"),
     Mutant("host-final-obs", "online", 'next_obs[e] = info["final_obs"][e]',
-           "next_obs[e] = self.obs[e]", HOST_ENDS),
+           "next_obs[e] = self.obs[e]", f"{PHASES}[gsflow-host]"),
     Mutant("restart-ends-episodes", "online", "terminals.at[:, newest].set(1.0)",
            "terminals.at[:, newest].set(0.0)", f"{PHASES}[gsflow-host]"),
     Mutant("host-stores-obs", "online", "steps.append((obs, actions, out))",
-           "steps.append((self.obs, actions, out))", HOST_ENDS),
+           "steps.append((self.obs, actions, out))", f"{PHASES}[gsflow-host]"),
     Mutant("host-act-key", "online", "split(obs), added + i * args.num_envs)", "split(obs), added)",
            f"{PHASES}[fmq-host]"),
     Mutant("chunk-goes-on", "online", '* ~(out["terminated"] | out["truncated"])', "",
@@ -174,10 +174,10 @@ MUTANTS = [
            'purpose_key(state.seed, "env")', f"{PHASES}[gsflow-jax]"),
     # ---- environments and evaluation ----
     Mutant("time-limit", "environments and evaluation", "(t + 1 >= env.max_episode_steps)",
-           "(t >= env.max_episode_steps)", JAX_ENDS),
+           "(t >= env.max_episode_steps)", f"{PHASES}[gsflow-jax]"),
     Mutant("obs-before-restart", "environments and evaluation",
            "next_obs=env.observation(new, None)", "next_obs=env.observation(state, None)",
-           JAX_ENDS),
+           f"{PHASES}[gsflow-jax]"),
     Mutant("jax-eval-seed", "environments and evaluation",
            'purpose_key(state.seed, "eval", step), 3)', 'purpose_key(0, "eval", step), 3)',
            f"{EPISODES}[jax]"),
