@@ -115,7 +115,7 @@ MUTANTS = [
            "make_learn(nets, args)", f"{PHASES}[fmq-jax]"),
     Mutant("fmq-frozen-actor", "fmq", 'u_off = nets.actor(frozen["offline"], obs, x, r, 1.0)',
            'u_off = jax.lax.stop_gradient(nets.actor(params["actor"], obs, x, r, 1.0))',
-           "test_fmq_losses::test_fmq_loss_written_out"),
+           "test_fmq_losses::test_fmq_loss_written_out[offline]"),
     Mutant("fmq-critics-online", "fmq", '"min" if args.online_objective == "fmq" else "mean"',
            '"mean"', "test_fmq_data::test_a_flag_decides_how_critics_are_joined_online"),
     Mutant("fmq-valid", "fmq", 'batch["valid"][:, -1] * (q - target)',

@@ -54,12 +54,12 @@ def make_state(script, **parts):
 
 
 def recorded_keys(monkeypatch, *names):
-    """The keys of all draws of these kinds from now on, as tuples."""
+    """The keys of all draws of these kinds from now on."""
     keys = []
 
     def recorder(draw):
         def record(key, *inputs, **options):
-            keys.append(as_tuple(key))
+            keys.append(key)
             return draw(key, *inputs, **options)
 
         return record
@@ -112,8 +112,23 @@ def test_batches_and_keys(script, monkeypatch):
         rows.append(i.tolist())
     assert rows[0] != rows[-1]
     keys = [key for _, key, _ in seen]
+    drawn = [as_tuple(key) for key in drawn]
     assert len(set(keys)) == len(seen) >= 3 and len(set(drawn)) == len(drawn) == 3
     assert not set(keys) & set(drawn)
+
+
+def one_update(update, keys, drawn, *inputs):
+    """In one program: (metrics, what was drawn), after checking that no key was used twice."""
+
+    @jax.jit
+    def program(*inputs):
+        info = update(*inputs)[1]
+        return info, drawn, [jax.random.key_data(key) for key in keys]
+
+    *results, used = jax.device_get(program(*inputs))
+    used = [tuple(key.tolist()) for key in used]
+    assert len(set(used)) == len(used) >= 2, f"{len(used)} draws of {len(set(used))} keys"
+    return results
 
 
 def values(params, obs, actions):
@@ -162,42 +177,44 @@ def test_td_target_and_keys(script, monkeypatch):
         keys = recorded_keys(monkeypatch, "normal", "uniform")
         update = script.make_update(nets, args, *([objective] if objective else []))
         state = make_state(script, **parts)
-        _, info = update(state, batch, jax.random.key(0), *settings[script.ALGO]())
+        inputs = state, batch, jax.random.key(0), *settings[script.ALGO]()
+        info, _ = one_update(update, keys, [], *inputs)
         monkeypatch.undo()
         np.testing.assert_allclose(info["td_target"], expected.mean(), rtol=1e-4, atol=1e-5)
-        assert len(set(keys)) == len(keys) >= 3, f"{len(keys)} draws of {len(set(keys))} keys"
 
 
 def check_sac(script, args, batch, expected, monkeypatch):
     """Also the temperature's share of the target, and which deviation of the noise is used where;
     beta weighs the distance to the data."""
-    critic = lambda params, stats, obs, actions, train=False: (values(params, obs, actions), stats)
+    critic = lambda params, stats, *inputs, train=False: (values(params["gain"], *inputs), stats)
     context = lambda params, stats, obs, train=False: (obs, stats)
     velocity = lambda params, stats, context, x, *_, train=False: ((params * x, None), stats)
     nets, sample, drawn = script.Networks(2, critic, context, velocity), script.sample_action, []
+    sigmas = []
 
     def record(params, stats, nets, args, obs, key, sigma, train=False):
         result = sample(params, stats, nets, args, obs, key, sigma, train)
-        drawn.append((obs, sigma, result[1]))
+        sigmas.append(sigma)
+        drawn.append((obs, result[1]) if len(sigmas) == 1 else obs)  # the target's, the loss's
         return result
 
     args = dataclasses.replace(args, ent_coef=0.3)
-    params = dict(actor=jnp.float32(0.5), critic=jnp.float32(1))
+    params = dict(actor=jnp.float32(0.5), critic={"gain": jnp.float32(1)})
     rates = {name: script.optimizer(args, name).init(p) for name, p in params.items()}
     state = make_state(script, params=params, stats=dict(actor={}, critic={}), opt_state=rates)
-    state = state.replace(target_critic=jnp.float32(3))
+    state = state.replace(target_critic={"gain": jnp.float32(3)})
     keys = recorded_keys(monkeypatch, "normal")
     monkeypatch.setattr(script, "sample_action", record)
-    _, info = script.make_update(nets, args)(state, [batch], jax.random.key(0), jnp.float32(7))
-    (next_obs, next_sigma, log_prob), (obs, sigma, _) = drawn
+    inputs = state, [batch], jax.random.key(0), jnp.float32(7)
+    info, drawn = one_update(script.make_update(nets, args), keys, drawn, *inputs)
+    (next_obs, log_prob), obs = drawn
     np.testing.assert_array_equal(next_obs, batch["next_obs"])
     np.testing.assert_array_equal(obs, batch["obs"])
-    assert (next_sigma, sigma) == (0.1, 0.3)
+    assert sigmas == [0.1, 0.3]
     expected = expected - batch["discounts"] * 0.3 * log_prob
     np.testing.assert_allclose(info["td_target"], expected.mean(), rtol=1e-4)
     loss = -0.3 * info["entropy"] - info["actor_q"] + 7 * info["data_distance"]
     np.testing.assert_allclose(info["actor_loss"], loss, rtol=1e-4)
-    assert len(set(keys)) == len(keys) == 2
 
 
 def test_observation_scale(gsflow):
