@@ -193,7 +193,7 @@ PAPER = {
         learning_starts=50_000, batch_size=512, critic_lr=1e-3, alpha_lr=1e-3, adam_b1=0.5,
         policy_delay=3, critic="brn", critic_hidden_dims=(1024, 1024), policy="flow-g", d_model=96,
         noise="learned", autotune=True, ent_coef=0.2, eval_interval=25_000, eval_episodes=10,
-        offline_steps=0, horizon_length=1, beta=0.0,
+        offline_steps=0, horizon_length=1, beta=0.0, beta_online=0.0,
     ),
     "offline-to-online": BOTH | dict(  # [code], [qc]
         offline_steps=1_000_000, learning_starts=5_000, batch_size=256, critic_lr=3e-4,

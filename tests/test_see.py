@@ -68,7 +68,7 @@ def test_walls_goal_and_start_are_where_the_maze_has_them(gsflow, maze):
     rows, columns = env.maze_map.shape
     cell = 400 / (max(rows, columns) - 1.4)  # the outer walls are cut by 0.7 of a cell on each side
     colors = {k: ImageColor.getrgb(v) for k, v in dict(wall=see.WALL, floor=see.FLOOR).items()}
-    start, goal = gsflow.MAZES[maze][1][0][:2], gsflow.MAZES[maze][1][0][2:]
+    start, goal = (np.array(ij) for ij in ((1, 1), dict(medium=(6, 6), large=(7, 10))[maze]))
     for i in range(1, rows - 1):
         for j in range(1, columns - 1):
             # away from the discs around the centres; row 0 lies at the bottom
