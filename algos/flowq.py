@@ -766,7 +766,8 @@ def ask(function, *inputs, failing="", error=UserError):
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as e:
-        *_, at = (p for p in traceback.extract_tb(e.__traceback__) if "-packages" not in p.filename)
+        places = traceback.extract_tb(e.__traceback__)
+        *_, at = places[0], *(p for p in places if "-packages" not in p.filename)
         said = ValueError, OSError, ImportError, SyntaxError, gymnasium.error.Error, TypeCheckError
         bug = "" if isinstance(e, said) else f"{type(e).__name__} in {at.filename}:{at.lineno}: "
         raise error(failing + bug + " ".join(str(e).split())[:300]) from e
@@ -1752,9 +1753,7 @@ class Run:
         """Make the directory, or go on in that of --resume: args.json keeps what it says of the
         start, metrics.csv what was there at the checkpoint."""
         args, now, path = self.args, self.facts, Path(self.args.resume or self.args.out_dir)
-        wandb = args.wandb_project and ask(
-            importlib.import_module, "wandb", failing="pip install wandb: "
-        )
+        wandb = args.wandb_project and ask(importlib.import_module, "wandb")  # pip install wandb
         if not args.resume:
             name = f"{self.task.name.removesuffix('-v0').replace('/', '-')}__{ALGO}__{args.seed}"
             path /= f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -1988,8 +1987,7 @@ def resolve(args, task):
          f"--lr-decay ends at --offline-steps, {begun.offline_steps} in {args.resume}, which "
          "cannot change; start a new run"),
     ):  # fmt: skip
-        if wrong:
-            raise UserError(remedy)
+        need(not wrong, remedy)
     for needed, fulfilled, names in (
         ("--critic td, the only one that samples actions", args.critic == "td",
          ("q_agg", "max_backup_samples")),

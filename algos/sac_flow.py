@@ -913,7 +913,8 @@ def ask(function, *inputs, failing="", error=UserError):
     except (UserError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as e:
-        *_, at = (p for p in traceback.extract_tb(e.__traceback__) if "-packages" not in p.filename)
+        places = traceback.extract_tb(e.__traceback__)
+        *_, at = places[0], *(p for p in places if "-packages" not in p.filename)
         said = ValueError, OSError, ImportError, SyntaxError, gymnasium.error.Error, TypeCheckError
         bug = "" if isinstance(e, said) else f"{type(e).__name__} in {at.filename}:{at.lineno}: "
         raise error(failing + bug + " ".join(str(e).split())[:300]) from e
@@ -2069,9 +2070,7 @@ class Run:
         """Make the directory, or go on in that of --resume: args.json keeps what it says of the
         start, metrics.csv what was there at the checkpoint."""
         args, now, path = self.args, self.facts, Path(self.args.resume or self.args.out_dir)
-        wandb = args.wandb_project and ask(
-            importlib.import_module, "wandb", failing="pip install wandb: "
-        )
+        wandb = args.wandb_project and ask(importlib.import_module, "wandb")  # pip install wandb
         if not args.resume:
             name = f"{self.task.name.removesuffix('-v0').replace('/', '-')}__{ALGO}__{args.seed}"
             path /= f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -2351,8 +2350,7 @@ def resolve(args, task):
         "--autotune starts from --ent-coef, which must be above 0": cold,
     }
     for sentence, is_wrong in wrong.items():
-        if is_wrong:
-            raise UserError(sentence)
+        need(not is_wrong, sentence)
     return args
 
 
@@ -2414,10 +2412,7 @@ def entropy_ceiling(args, dim):
 
 def fit_to_env(args, task, env):
     """Settle what depends on the environment -> (args, (observation size, action size))."""
-    try:
-        spaces = env or ask(make_host_env, task, args.success_timing)
-    except gymnasium.error.Error as e:  # say, a package that this environment needs
-        raise UserError(" ".join(str(e).split())) from e
+    spaces = env or ask(make_host_env, task, args.success_timing)
     obs, box = spaces.observation_space, spaces.action_space
     if env is None:
         spaces.close()
