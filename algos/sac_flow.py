@@ -859,11 +859,13 @@ import shutil
 import signal
 import subprocess
 import textwrap
+import traceback
 import urllib.request
 import zlib
 from types import MappingProxyType
 
 from tqdm import tqdm
+from typeguard import TypeCheckError, check_type
 
 # ==== end shared: imports ====
 
@@ -904,12 +906,18 @@ def need(condition, text):
         raise UserError(text)
 
 
-def ask(function, *inputs, failing=""):
-    """Call a function; what it raises for the user becomes one sentence."""
+def ask(function, *inputs, failing="", error=UserError):
+    """Call a function; what it raises becomes one sentence, of a bug with its kind and place."""
     try:
         return function(*inputs)
-    except (ValueError, OSError, ImportError, SyntaxError, gymnasium.error.Error) as e:
-        raise UserError(failing + " ".join(str(e).split())) from e
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as e:
+        places = traceback.extract_tb(e.__traceback__)
+        *_, at = places[0], *(p for p in places if "-packages" not in p.filename)
+        said = ValueError, OSError, ImportError, SyntaxError, gymnasium.error.Error, TypeCheckError
+        bug = "" if isinstance(e, said) else f"{type(e).__name__} in {at.filename}:{at.lineno}: "
+        raise error(failing + bug + " ".join(str(e).split())[:300]) from e
 
 
 def repository_file(name, otherwise):
@@ -963,8 +971,11 @@ def load_task(task_name, path, name, dataset_dir):
     known = ("env", "make_env", "data", "success", "score", "defaults", "critic", "after_phase")
     other = [key for key in parts if key not in known]
     need(not other, f"make_task of {path} returns {other}, but may return {known}")
-    for part in ("initial", "transition", "max_episode_steps") * ("env" in parts):
-        need(hasattr(parts["env"], part), f"the 'env' of {path} lacks '{part}'; see README")
+    if (env := parts.get("env")) is not None:  # a step is traced
+        start = lambda: reset_envs(env, jax.random.key(0), 1)
+        step = lambda: step_envs(env, start(), env.action_space.sample()[None], jax.random.key(0))
+        obs = lambda: step()[1]["next_obs"].reshape(1, *env.observation_space.shape)
+        ask(jax.eval_shape, obs, failing=f"the 'env' of {path} does not work: ")
     success, source = parts.get("success", True), (path.resolve(), name, dataset_dir)
     return Task(task_name, task_name, success=success, source=source, parts=parts)
 
@@ -1223,20 +1234,23 @@ def step_envs(env, env_state, actions, key):
 
 class SeededReset(gymnasium.Wrapper):
     """OGBench draws start noise from NumPy's global generator: seed that too, so that an episode
-    is a function of its seed."""
+    is a function of its seed. An error becomes one that can travel between processes."""
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             np.random.seed(seed)
             self.unwrapped.action_space.seed(seed)
-        return self.env.reset(seed=seed, options=options)
+        return ask(lambda: self.env.reset(seed=seed, options=options), error=RuntimeError)
+
+    def step(self, action):
+        return ask(self.env.step, action, error=RuntimeError)
 
 
 def make_host_env(task, success_timing):
     """The official environment, or a task file's."""
-    gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's spaces set off warnings
-    if multiprocessing.parent_process() is not None:  # Ctrl-C is left to the main process
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gymnasium.logger.min_level = gymnasium.logger.ERROR + 1  # OGBench's spaces set off warnings
+    if multiprocessing.parent_process() is not None:  # signals are left to the main process
+        os.setpgrp()
     if task.source:  # loaded here again: a worker cannot import what the main process loaded
         path, name, dataset_dir = task.source
         return SeededReset(ask(load_file(path).make_task(name, dataset_dir)["make_env"]))
@@ -1261,7 +1275,22 @@ def make_host_envs(task, args, num_envs, autoreset):
     if num_envs == 1 and autoreset == gymnasium.vector.AutoresetMode.SAME_STEP:
         return InThisProcess([make], autoreset_mode=autoreset)
     options = dict(autoreset_mode=autoreset, context="forkserver")  # fork deadlocks JAX's threads
-    return gymnasium.vector.AsyncVectorEnv([make] * num_envs, **options)
+    start = lambda: gymnasium.vector.AsyncVectorEnv([make] * num_envs, **options)
+    return ask(start, failing="cannot start the simulators: ")
+
+
+def simulate(envs, method, *inputs, **options):
+    """Call a method of official environments; a simulator that raises or dies ends the run."""
+    try:
+        return getattr(envs, method)(*inputs, **options)
+    except Exception as e:
+        processes, envs.closed = getattr(envs, "processes", []), True  # nothing else is to close
+        multiprocessing.connection.wait([p.sentinel for p in processes], 1)
+        over = [f"{i} (exit {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
+        for process in processes:
+            process.kill()
+        again = f"; --resume {shlex.quote(str(Run.dir))} goes on" if Run.dir else ""
+        raise UserError(f"simulator {', '.join(over)} failed: {str(e) or repr(e)}{again}") from e
 
 
 def evaluate_jax(env, episodes, policy, state, step):
@@ -1305,14 +1334,14 @@ def evaluate_host(make_envs, episodes, seeds, act, state, step):
             t[done], total[done] = 0, 0.0
             ids = [(seeds[s], step, n[s, k]) for s, k in np.ndindex(shape)]
             fresh = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
-            obs, _ = envs.reset(seed=fresh, options={"reset_mask": done.reshape(-1)})
+            obs, _ = simulate(envs, "reset", seed=fresh, options={"reset_mask": done.reshape(-1)})
         due = t % horizon == 0  # the slots' episodes are out of phase
         if due.any():
             new = np.asarray(act(state, obs.astype(np.float32).reshape(*shape, -1), n, t, step))
             new = new.reshape(*shape, -1, *envs.single_action_space.shape)
             chunks, horizon = np.where(due[..., None, None], new, chunks), new.shape[2]
         actions = np.take_along_axis(chunks, (t % horizon)[..., None, None], axis=2)
-        obs, reward, *ends, info = envs.step(actions.reshape(envs.num_envs, -1))
+        obs, reward, *ends, info = simulate(envs, "step", actions.reshape(envs.num_envs, -1))
         t, total, done = t + 1, total + reward.reshape(shape), np.any(ends, axis=0).reshape(shape)
         success = np.reshape(info.get("success", 0 * reward), shape)
         for s, k in np.argwhere(done):
@@ -1374,11 +1403,10 @@ def record(run_dir):
     """--video: call benchmark/see.py, where the script has it beside it."""
     tool = Path(__file__).resolve().parent.parent / "benchmark" / "see.py"
     command = [str(tool), str(run_dir), "--script", __file__]
-    if not tool.is_file():
-        raise UserError(f"--video needs benchmark/see.py of the CleanFlow repository: copy that "
-                        f"file and run: python {shlex.join(['see.py', *command[1:]])}")  # fmt: skip
-    if subprocess.run([sys.executable, *command]).returncode:
-        raise UserError("recording failed; see the message above")
+    need(tool.is_file(), f"--video needs benchmark/see.py of the CleanFlow repository: copy that "
+         f"file and run: python {shlex.join(['see.py', *command[1:]])}")  # fmt: skip
+    failed = subprocess.run([sys.executable, *command]).returncode
+    need(not failed, "recording failed; see the message above")
 
 
 def evaluate_only(args, task):
@@ -1420,11 +1448,13 @@ def load_dataset(task, args):
     terminals (1 at an episode's last row), each (N,). From --dataset, from the task file, or from
     `dataset_dir`: an official or a collected file, else a download, else data collected here.
     """
-    if args.dataset:
+    if args.dataset is not None:
         path = Path(args.dataset).expanduser()
         data, source = read_file(path), f"own ({path.name})"
     elif "data" in task.parts:
-        data, source = ask(task.parts["data"])
+        parts = lambda: zip((dict, str), task.parts["data"](), strict=True)
+        failing = f"'data' of {task.name} must return transitions and their source: "
+        data, source = ask(lambda: [kind(part) for kind, part in parts()], failing=failing)
     else:
         need(task.dataset, f"{task.name} comes without data: give --dataset FILE.npz")
         data, source = ogbench_data(task, Path(args.dataset_dir).expanduser())
@@ -1485,7 +1515,7 @@ def read_file(path):
 def transitions(raw, what):
     """Check and complete what a file holds: transitions, D4RL's names for them, or OGBench's rows,
     of which an episode's last one has no successor and is dropped."""
-    check(raw, what, "terminals", "observations", "actions", *(RANKS.keys() & raw))
+    check(raw, what, "terminals", "observations", "actions", *({"timeouts", *RANKS} & raw.keys()))
     ends = raw["terminals"].astype(np.float32)
     if "next_observations" in raw and "masks" not in raw:
         raw = raw | dict(masks=1 - ends)
@@ -1503,7 +1533,7 @@ def check(data, what, *keys):
     """Refuse what would train into nonsense: missing keys, wrong shapes, types, magnitudes."""
     for key in keys:
         need(key in data, f"{what}: no '{key}' in it")
-        x, rank = np.asarray(data[key]), RANKS.get(key, 2)
+        x, rank = np.asarray(data[key]), RANKS.get(key, 2 if key == "qpos" else 1)
         right = x.ndim == rank and len(x) == len(data["terminals"]) > 1
         need(right, f"{what}: '{key}' has shape {x.shape}")
         right = x.dtype.kind in ("f" if rank == 2 else "fb") and np.isfinite(x).all()
@@ -1751,7 +1781,7 @@ class HostLoop:
         ids = [(args.seed + s, time, e) for s, e in np.ndindex(args.num_seeds, args.num_envs)]
         seeds = [int(np.random.SeedSequence(i).generate_state(1)[0]) for i in ids]
         self.envs, self.chunks, self.taken = self.make_envs(), 0.0, np.zeros(len(ids), int)
-        self.obs, _ = self.envs.reset(seed=seeds)
+        self.obs, _ = simulate(self.envs, "reset", seed=seeds)
         # what was under way ends here: no window may join it with what comes
         terminals = replay["rows"]["terminals"]
         newest = (time - 1 - np.arange(args.num_envs)) % terminals.shape[1]
@@ -1768,11 +1798,11 @@ class HostLoop:
                     new = self.act(carry["state"], self.obs, carry["replay"]["added"], i)
                     self.chunks = np.where(due[:, None, None], new, self.chunks)
                 actions = self.chunks[np.arange(len(due)), self.taken]
-                self.envs.step_async(actions)
+                simulate(self.envs, "step_async", actions)
                 if play.learn and play.learn_first and i == 0:
                     carry = self.learn(carry, 1)  # returns before it is done
                 obs = self.obs
-                self.obs, reward, terminated, truncated, info = self.envs.step_wait()
+                self.obs, reward, terminated, truncated, info = simulate(self.envs, "step_wait")
                 ended, next_obs = terminated | truncated, self.obs.copy()
                 for e in np.flatnonzero(ended):  # there, self.obs already starts an episode
                     next_obs[e] = info["final_obs"][e]
@@ -1939,14 +1969,13 @@ def restore(template, tree, run_dir):
             old = np.pad(old, {1: (0, max(0, new.shape[1] - old.shape[1]))})
         elif (new.shape, new.dtype) != (old.shape, old.dtype):
             raise ValueError(f"{name} is {old.dtype} {old.shape}, not {new.dtype} {new.shape}")
+        elif name.endswith("['seed']") and (new != old).any():
+            raise ValueError(f"{name} is {old}, not {new}")
         return jax.device_put(old, new.sharding)
 
-    try:
-        target = flax.serialization.to_state_dict(template)
-        tree = jax.tree_util.tree_map_with_path(put, target, tree)
-    except (ValueError, AttributeError) as e:
-        why = str(e).splitlines()[0][:200]
-        raise UserError(f"the checkpoint in {run_dir} does not fit the arguments: {why}") from e
+    target = flax.serialization.to_state_dict(template)
+    failing = f"the checkpoint in {run_dir} does not fit the arguments: "
+    tree = ask(jax.tree_util.tree_map_with_path, put, target, tree, failing=failing)
     return flax.serialization.from_state_dict(template, tree)
 
 
@@ -1966,8 +1995,8 @@ def resume(carry, phases, args):
     tree, facts = load_checkpoint(run_dir, name)
     step, end = facts["step"], phases[-1].end
     over = not args.resume or (Path(run_dir) / "result.json").exists()
-    if step > end or (step == end and over):
-        raise UserError(f"{run_dir} is complete at step {step:,}: add steps or use --evaluate")
+    more = step < end or (step == end and not over)
+    need(more, f"{run_dir} is complete at step {step:,}: add steps or use --evaluate")
     phase = next(p for p in phases if step <= p.end)  # in which the checkpoint was made
     carry = restore(phase.enter(carry), tree, run_dir)
     return (phase.restart(carry) if phase.restart else carry), facts
@@ -1976,15 +2005,15 @@ def resume(carry, phases, args):
 def read_args(run_dir, argv, default):
     """Arguments of an earlier run, plus the flags given now; refuses what may not change."""
     path = Path(run_dir) / "args.json"
-    if not run_dir or not path.is_file():
-        raise UserError(f"'{run_dir}' is not a run directory: it has no args.json")
+    need(run_dir and path.is_file(), f"'{run_dir}' is not a run directory: it has no args.json")
     try:
         stored = json.loads(path.read_text())
-        algo, known = stored["algo"], {name: stored["args"][name] for name in vars(default)}
+        need(stored["algo"] == ALGO, f"{run_dir} is a run of {stored['algo']}.py; use that script")
+        known = {name: stored["args"][name] for name in vars(default)}
+        intact = stored.get("args_crc32") in (None, zlib.crc32(json.dumps(stored["args"]).encode()))
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged or of another version ({e}); start a new run") from e
-    if algo != ALGO:
-        raise UserError(f"{run_dir} is a run of {algo}.py; use that script")
+    need(intact, f"{path} was changed: put it back, or remove args_crc32 from it if it was you")
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     known |= dict(resume=None, evaluate=None)
     args = tyro.cli(type(default), args=argv, default=type(default)(**known))
@@ -2024,8 +2053,9 @@ class Run:
         self.facts = dict(
             algo=ALGO, task=task.name, dataset_source=source, dataset_crc32=checksum,
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            commit=(git or "").strip() or None,
-            versions={p: importlib.metadata.version(p) for p in packages}, args=vars(args),
+            commit=(git or "").strip() or None, args=vars(args),
+            args_crc32=zlib.crc32(json.dumps(vars(args)).encode()),
+            versions={p: importlib.metadata.version(p) for p in packages},
         )  # fmt: skip
         self.open()
         print(f"{ALGO} on {task.name}, {self.facts['device']}, run directory {self.dir}")
@@ -2040,6 +2070,7 @@ class Run:
         """Make the directory, or go on in that of --resume: args.json keeps what it says of the
         start, metrics.csv what was there at the checkpoint."""
         args, now, path = self.args, self.facts, Path(self.args.resume or self.args.out_dir)
+        wandb = args.wandb_project and ask(importlib.import_module, "wandb")  # pip install wandb
         if not args.resume:
             name = f"{self.task.name.removesuffix('-v0').replace('/', '-')}__{ALGO}__{args.seed}"
             path /= f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -2050,11 +2081,12 @@ class Run:
         fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # one process writes a run
         if args.resume:
             before = json.loads((path / "args.json").read_text())
-            was = before.get("dataset_source")
-            if before.get("dataset_crc32") != now["dataset_crc32"]:
-                raise UserError(f"{path} was started on other data ({was}): put it back")
+            was, same = (before.get(f"dataset_{k}") for k in ("source", "crc32"))
+            text = f"{path} was started on other data ({was}): put it back"
+            need(same == now["dataset_crc32"], text)
             new = {k: now[k] for k in ("commit", "device", "versions")} | {"step": self.step}
-            self.facts = before | dict(args=now["args"], resumes=[*before.get("resumes", []), new])
+            self.facts = now | before | {k: now[k] for k in ("args", "args_crc32")}
+            self.facts["resumes"] = [*before.get("resumes", []), new]
         write_file(path / "args.json", self.facts)
         self.csv = open(path / "metrics.csv", "a", newline="")
         size = min(self.csv.tell(), self.csv_bytes)  # less where the file was emptied
@@ -2062,12 +2094,9 @@ class Run:
 
         from tensorboard.summary import Writer
 
-        self.writers, self.wandb = [Writer(str(path / f"tb_seed{s}")) for s in self.seeds], None
-        if args.wandb_project:
-            import wandb
-
-            names = dict(project=args.wandb_project, id=path.name)
-            self.wandb = wandb.init(**names, config=self.facts, resume="allow")
+        self.writers = [Writer(str(path / f"tb_seed{s}")) for s in self.seeds]
+        names = dict(project=args.wandb_project, id=path.name, config=self.facts)
+        self.wandb = wandb and wandb.init(**names, resume="allow")
 
     def stop(self, number, frame):
         """First Ctrl-C, SIGTERM or SIGHUP: finish the dispatch and save. Second: stop at once."""
@@ -2182,16 +2211,18 @@ class Phase(NamedTuple):
 
 
 def check_numbers(args, unbounded=(), zero=()):
-    """Counts are at least 1 (steps, seed and those in `zero`: 0), other numbers at least 0, gamma
-    and tau at most 1."""
-    zero, last = ("seed", "offline_steps", "online_steps", *zero), 2**31 - args.num_seeds
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and name not in unbounded:
-            low = int(type(value) is int and name not in zero)
-            high = {"gamma": 1, "tau": 1, "seed": last}.get(name, np.inf)
-            if not low <= value <= high:
-                bound = f"at least {low}" if high == np.inf else f"between {low} and {high}"
-                raise UserError(f"--{name.replace('_', '-')} is {value}, but must be {bound}")
+    """Types fit; counts are at least 1 (steps, seed and those in `zero`: 0) and fit into int32,
+    other numbers at least 0 and finite, gamma and tau at most 1."""
+    zero = ("seed", "offline_steps", "online_steps", *zero)
+    most = dict(gamma=1, tau=1, seed=max(0, 2**31 - args.num_seeds))
+    for name, kind in ((field.name, field.type) for field in dataclasses.fields(args)):
+        flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
+        ask(check_type, value, kind, failing=f"{flag} is {value!r}: ")
+        if type(value) in (int, float):
+            low = -1e30 if name in unbounded else int(type(value) is int and name not in zero)
+            high = most.get(name, 2**31 - 1 if type(value) is int else 1e30)
+            bound = f"at least {low}" if value < low else f"between {low} and {high}"
+            need(low <= value <= high, f"{flag} is {value}, but must be {bound}")
 
 
 def fill(args, **values):
@@ -2213,8 +2244,9 @@ def command_line(main, args_type, argv=None):
     Run.dir = None
     try:
         args = tyro.cli(args_type, args=argv)
-        if args.video and not args.evaluate:
-            raise UserError("--video goes with --evaluate RUN_DIR")
+        need(args.evaluate or not args.video, "--video goes with --evaluate RUN_DIR")
+        need(None in (args.resume, args.evaluate), "--resume and --evaluate exclude each other")
+        ask(jax.devices, failing="JAX finds no device; see JAX_PLATFORMS: ")
         for run_dir in (args.start_from or None, args.resume, args.evaluate):
             args = args if run_dir is None else read_args(run_dir, argv, args_type())
         main(args)
@@ -2318,8 +2350,7 @@ def resolve(args, task):
         "--autotune starts from --ent-coef, which must be above 0": cold,
     }
     for sentence, is_wrong in wrong.items():
-        if is_wrong:
-            raise UserError(sentence)
+        need(not is_wrong, sentence)
     return args
 
 
@@ -2381,10 +2412,7 @@ def entropy_ceiling(args, dim):
 
 def fit_to_env(args, task, env):
     """Settle what depends on the environment -> (args, (observation size, action size))."""
-    try:
-        spaces = env or ask(make_host_env, task, args.success_timing)
-    except gymnasium.error.Error as e:  # say, a package that this environment needs
-        raise UserError(" ".join(str(e).split())) from e
+    spaces = env or ask(make_host_env, task, args.success_timing)
     obs, box = spaces.observation_space, spaces.action_space
     if env is None:
         spaces.close()

@@ -539,7 +539,11 @@ def test_checkpoint_of_another_method_or_network(gsflow, reference, tmp_path, ca
     facts = json.loads((reference / "args.json").read_text())
     for changes, message in (
         ({"algo": "flowq"}, "is a run of flowq.py"),
-        ({"args": facts["args"] | {"actor_hidden_dims": [9]}}, "does not fit the arguments"),
+        ({"args": facts["args"] | {"actor_hidden_dims": [9]}}, "args.json was changed"),
+        (
+            {"args": facts["args"] | {"actor_hidden_dims": [9]}, "args_crc32": None},
+            "does not fit the arguments",
+        ),
         ({"args": {}}, "damaged or of another version"),
     ):
         (tmp_path / "args.json").write_text(json.dumps(facts | changes))

@@ -96,7 +96,7 @@ BAD_FILES = {
     "imports": ("import no_such_package\n", "no_such_package"),
     "syntax": ("def make_task(:\n", "cannot load"),
     "not_an_env": (
-        "def make_task(name, dataset_dir):\n    return dict(env=object())\n", "lacks 'initial'"),
+        "def make_task(name, dataset_dir):\n    return dict(env=object())\n", "does not work"),
 }  # fmt: skip
 
 
