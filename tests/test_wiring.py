@@ -17,11 +17,11 @@ from gymnasium.experimental.functional import FuncEnv
 
 ONLINE = [name for name in SCRIPTS if name != "flowq"]
 FLAGS = dict(
-    gsflow=dict(n_step=1, num_envs=2, utd=2, online_steps=40, alpha=3.0, online_alpha=5.0)
+    gsflow=dict(n_step=2, num_envs=2, utd=2, online_steps=40, alpha=3.0, online_alpha=5.0)
     | dict(offline_td_temperature=0.25, online_td_temperature=0.75, num_candidates=2)
     | dict(behavior_temperature=0.6, eval_temperature=0.2),
-    flowq=dict(n_step=1, guidance_lambda=7.0, eval_candidates=3),
-    fmq=dict(horizon=2, utd=2, online_steps=40, learning_starts=4, num_samples=2),
+    flowq=dict(n_step=2, guidance_lambda=7.0, eval_candidates=3),
+    fmq=dict(horizon=2, utd=2, online_steps=40, learning_starts=4, num_samples=2, sparse=True),
     sac_flow=dict(horizon_length=2, num_envs=2, online_steps=40, learning_starts=4, sparse=True)
     | dict(beta=4.0, beta_online=6.0, policy="flow-g", sigma=0.3, sigma_inference=0.1),
 )
@@ -92,6 +92,14 @@ def test_batches_and_keys(script, monkeypatch):
     else:
         monkeypatch.setattr(script, "make_update", lambda *_: update)
         learn = script.make_learn(None, args)
+    name, asked = "sample_chunks" if chunks else "sample", []
+    draw = getattr(script, name, None)  # flowq.py draws its rows in `learn`
+
+    def note(key, data, *inputs, **options):
+        asked.append((inputs, options))
+        return draw(key, data, *inputs, **options)
+
+    monkeypatch.setattr(script, name, note, raising=False)
     drawn = recorded_keys(monkeypatch, "randint")
     mean, std = np.array([1.0, 2.0]), np.array([2.0, 4.0])
     settings = [] if script.ALGO == "fmq" else [object()]
@@ -103,7 +111,7 @@ def test_batches_and_keys(script, monkeypatch):
     rows = []
     for batch, _, given in seen:
         i = np.rint(100 * np.asarray(batch["actions"])[:, 0]).astype(int)
-        last = i + (getattr(args, chunks) - 1 if chunks else 0)
+        last = i + 1 if chunks else np.minimum(i + 1, i // 6 * 6 + 5)  # of two steps
         scaled = lambda x: (x - mean) / std
         np.testing.assert_allclose(batch["obs"], scaled(raw["observations"][i]), rtol=1e-5)
         after = scaled(raw["next_observations"][last])
@@ -111,6 +119,11 @@ def test_batches_and_keys(script, monkeypatch):
         assert list(given) == settings
         rows.append(i.tolist())
     assert rows[0] != rows[-1]
+    # replay, rows, length of the windows, discount; rows that are kept
+    window, pool = (None, 8, 2, args.gamma), getattr(args, "buffer_size", None)
+    expected = dict(gsflow=((*window, pool, 2, False), {}), fmq=((*window, pool), {}))
+    expected |= dict(sac_flow=(window, dict(limit=pool, stride=2)))
+    assert asked == [expected[name] for name in [script.ALGO] * 3 if name in expected]
     keys = [key for _, key, _ in seen]
     drawn = [as_tuple(key) for key in drawn]
     assert len(set(keys)) == len(seen) >= 3 and len(set(drawn)) == len(drawn) == 3
@@ -398,6 +411,12 @@ def test_phases_and_stored_rows(script, monkeypatch, backend):
     env = Walk() if backend == "jax" else None
     carry, phases = start_of_training(script, monkeypatch, args, env)
     assert phases[0].name == "offline" and (phases[0].start, phases[0].end) == (0, 3)
+    data = phases[0].advance.inputs[0]
+    if "discounts" in data:  # worked out for two steps, within an episode
+        steps = np.where(np.arange(12) % 6 == 5, 1, 2)
+        np.testing.assert_allclose(data["discounts"], args.gamma**steps, rtol=1e-5)
+    else:  # sparse
+        np.testing.assert_array_equal(data["rewards"], -1.0 * (np.arange(12) > 0))
     carry = phases[0].advance(phases[0].enter(carry), 3)
     number = lambda sums: sorted(k for k in sums if "setting" in k)
     found = [np.asarray(carry["sums"][k]) for k in number(carry["sums"])]
@@ -424,11 +443,14 @@ def test_phases_and_stored_rows(script, monkeypatch, backend):
         np.testing.assert_array_equal(carry["sums"][k] - before, [[updates * value, updates]] * 2)
     assert (carry["replay"]["added"] == 40).all()
     rows = {k: np.asarray(v)[:, :40] for k, v in carry["replay"]["rows"].items()}
-    check_rows(rows, envs, cuts, sparse=script.ALGO == "sac_flow")
+    returns = check_rows(rows, envs, cuts, sparse=script.ALGO != "gsflow")
+    if script.ALGO == "gsflow":
+        np.testing.assert_allclose(carry["sums"]["online/return"], returns, rtol=1e-5)
 
 
 def check_rows(rows, envs, cuts, sparse):
-    """Rows (seeds, 40) of `envs` environments in turn; at the rows `cuts` all episodes began."""
+    """Rows (seeds, 40) of `envs` environments in turn; at the rows `cuts` all episodes began.
+    Returns the sum of the returns of the episodes that ended by themselves, and their number."""
     obs, next_obs, actions = rows["obs"], rows["next_obs"], rows["actions"][..., 0]
     t, episode = obs[..., 0], obs[..., 1]
     np.testing.assert_array_equal(next_obs[..., 0], t + 1)
@@ -449,6 +471,12 @@ def check_rows(rows, envs, cuts, sparse):
     numbers = episode[begins]  # no episode of any seed or environment begins like another
     assert len(set(numbers.tolist())) == len(numbers) > 15
     assert len(set(actions.ravel().tolist())) == actions.size  # each drawn with a key of its own
+    total, so_far = 0.0, np.zeros((2, envs))
+    for first in range(0, 40, envs):
+        now = slice(first, first + envs)
+        so_far = np.where(begins[:, now], 0, so_far) - (t[:, now] + 1) - actions[:, now] / 4
+        total = total + (so_far * (over | cut)[:, now]).sum(axis=1)
+    return np.stack([total, (over | cut).sum(axis=1)], axis=1)
 
 
 class Seeded(NamedTuple):
