@@ -807,7 +807,8 @@ def test_table_scripts_count_what_they_would_cost(stem, tmp_path, capsys, monkey
         assert argv[0] == "benchmark/launch.py" and module.main(argv[1:]) == 0
         out = capsys.readouterr().out
         assert f"{stem}.py" not in out
-        rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("|")]
+        lines = [line.replace(",", "") for line in out.splitlines() if line.startswith("|")]
+        rows = [line.split("|")[1:-1] for line in lines]
         runs, updates, work, _ = map(float, rows[-1][1:])
         assert rows[-1][0].strip() == "all" and min(runs, updates, work) > 0
         totals = zip(*[map(float, row[1:]) for row in rows[2:-1]], strict=True)
