@@ -23,7 +23,8 @@ once. The log of a run is log.txt beside its run directory.
 With --share-offline each run that has an offline and an online phase begins (--start-from) at the
 end of a run of its offline phase alone, labelled SCRIPT-offline; runs whose flags differ in nothing
 but those of ONLINE below begin at the same one, also at one of another launch with the same --out.
-They are as if made in one go and have the same directories, and they wait until it has finished.
+They are as if made in one go and have the same directories, and they wait until it has finished; in
+a SLURM array an element is an offline phase with all runs that begin at its end.
 
 --status OUT shows the runs that launchers have begun below OUT, anew every two seconds until a
 Ctrl-C: progress, rate, ETA, the headline metric of the last evaluation, the last line of the log
@@ -125,6 +126,7 @@ class Job:
     args: object  # and that with the rest filled in
     base: "Job | None" = None  # the run of its offline phase, at whose end this one starts
     online_flags: tuple[str, ...] = ()  # what it then sets
+    for_others: bool = False  # nobody asked for it but those that start from it
 
     def __str__(self):
         return f"{self.label} {self.task} seed {self.seed}"
@@ -272,6 +274,7 @@ def offline_phase(job, out):
     own = {n: v for n, v in vars(given).items() if v != default[n]}
     words = as_flags(script.Args, dict(env_id=given.env_id, seed=given.seed) | own)
     base = make_job(f"{stem}-offline", job.script, words, job.seed, out)
+    base = dataclasses.replace(base, for_others=True)
     return base, tuple(as_flags(script.Args, online))
 
 
@@ -280,8 +283,7 @@ def share_offline(jobs, out):
     among the jobs, or has finished below `out` under whatever label, serves as well."""
     bases, shared = {(job.task, job.home.name): job for job in jobs}, {}
     for job in jobs:
-        found = offline_phase(job, out) if job.find()[0] == "new" else None
-        if found:
+        if found := offline_phase(job, out):
             base, words = found
             key = base.task, base.home.name
             for home in sorted(out.glob("/".join(["*", *key]))):
@@ -295,6 +297,28 @@ def share_offline(jobs, out):
     return list(shared)
 
 
+def elements(jobs, args):
+    """The jobs of each element of a SLURM array: --workers of them, or those that share an offline
+    phase. What has finished meanwhile changes nothing here."""
+    if not args.share_offline:
+        size = max(1, args.workers)
+        return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+    groups = {}
+    for job in jobs:
+        groups.setdefault(job.base or job, []).append(job)
+    return list(groups.values())
+
+
+def without_idle(jobs):
+    """Jobs that have begun go on without their base; a base that nobody needs falls away."""
+    jobs = [
+        dataclasses.replace(job, base=None) if job.base and job.find()[0] != "new" else job
+        for job in jobs
+    ]
+    needed = {job.base for job in jobs}
+    return [job for job in jobs if job in needed or not job.for_others]
+
+
 def print_commands(jobs):
     """One line a run; those that are finished as comments."""
     for job in jobs:
@@ -305,15 +329,16 @@ def print_commands(jobs):
 
 
 def write_slurm(path, template, jobs, args, extra):
-    """Fill the template for an array whose elements run a job, or --workers of them, each."""
+    """Fill the template for an array of `elements`."""
     own, workers = dataclasses.asdict(args), max(1, args.workers)
     words = []
     for name in ("algos", "tasks", "seeds", "out", "algos_dir", "devices"):
         values = own[name] if isinstance(own[name], tuple) else [own[name]]
         words += ["--" + name.replace("_", "-"), *map(str, values)] if values else []
+    words += ["--share-offline"] * args.share_offline
     Path(args.out).mkdir(parents=True, exist_ok=True)  # SLURM does not make it for its logs
     fill = dict(
-        LAST=str((len(jobs) - 1) // workers),
+        LAST=str(len(elements(jobs, args)) - 1),
         WORKERS=str(workers),
         GPUS=str(max(1, len(args.devices))),
         CPUS=str(8 * workers),
@@ -649,11 +674,6 @@ def main(argv):
             with contextlib.suppress(KeyboardInterrupt):
                 return watch(args.status, args.once)
             return 0
-        if args.share_offline and (args.slurm or args.index is not None):
-            raise UserError(
-                "--share-offline needs --workers: a run of a SLURM array cannot wait for "
-                "another one; leave out either"
-            )
         jobs = expand(args, extra)
         jobs = share_offline(jobs, Path(args.out)) if args.share_offline else jobs
     except UserError as e:
@@ -661,14 +681,15 @@ def main(argv):
         return 2
     devices = args.devices
     if args.index is not None:
-        first, visible = args.index * max(1, args.workers), os.environ.get("CUDA_VISIBLE_DEVICES")
-        jobs = jobs[first : first + max(1, args.workers)]
+        jobs, visible = elements(jobs, args)[args.index], os.environ.get("CUDA_VISIBLE_DEVICES")
         if devices and visible:  # the ones that SLURM has given to this element
             devices = tuple(visible.split(","))
+    if args.slurm and not args.plan:
+        write_slurm(args.slurm, args.slurm_template, jobs, args, extra)
+        return 0
+    jobs = without_idle(jobs)
     if args.plan:
         print_plan(jobs, args)
-    elif args.slurm:
-        write_slurm(args.slurm, args.slurm_template, jobs, args, extra)
     elif args.workers:
         return Launch(jobs, args.workers, devices)()
     else:
