@@ -681,7 +681,8 @@ def main(argv):
         return 2
     devices = args.devices
     if args.index is not None:
-        jobs, visible = elements(jobs, args)[args.index], os.environ.get("CUDA_VISIBLE_DEVICES")
+        own, visible = elements(jobs, args)[args.index :], os.environ.get("CUDA_VISIBLE_DEVICES")
+        jobs = own[0] if own else []
         if devices and visible:  # the ones that SLURM has given to this element
             devices = tuple(visible.split(","))
     if args.slurm and not args.plan:
