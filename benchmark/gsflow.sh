@@ -5,8 +5,8 @@
 #   bash benchmark/gsflow.sh                                print all commands
 #   bash benchmark/gsflow.sh --workers 4 --devices 0 1 2 3  run them on four GPUs
 #   bash benchmark/gsflow.sh --dry-run                      count runs, updates and GPU hours
-# For SLURM, copy one command, without --share-offline, and add --slurm FILE. One seed of 1M updates
-# takes 62 PFLOP (GSFlow) or 12 PFLOP (FQL). Then: python benchmark/report.py runs/gsflow-tables
+# For SLURM, copy one command and add --slurm FILE. One seed of 1M updates takes 62 PFLOP (GSFlow)
+# or 12 PFLOP (FQL). Then: python benchmark/report.py runs/gsflow-tables
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

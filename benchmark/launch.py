@@ -23,7 +23,8 @@ once. The log of a run is log.txt beside its run directory.
 With --share-offline each run that has an offline and an online phase begins (--start-from) at the
 end of a run of its offline phase alone, labelled SCRIPT-offline; runs whose flags differ in nothing
 but those of ONLINE below begin at the same one, also at one of another launch with the same --out.
-They are as if made in one go and have the same directories, and they wait until it has finished.
+They are as if made in one go and have the same directories, and they wait until it has finished; in
+a SLURM array an element is an offline phase with all runs that begin at its end.
 
 --status OUT shows the runs that launchers have begun below OUT, anew every two seconds until a
 Ctrl-C: progress, rate, ETA, the headline metric of the last evaluation, the last line of the log
@@ -121,8 +122,11 @@ class Job:
     seed: int
     flags: tuple[str, ...]
     home: Path
+    given: object  # what the flags set, an Args of the script
+    args: object  # and that with the rest filled in
     base: "Job | None" = None  # the run of its offline phase, at whose end this one starts
     online_flags: tuple[str, ...] = ()  # what it then sets
+    for_others: bool = False  # nobody asked for it but those that start from it
 
     def __str__(self):
         return f"{self.label} {self.task} seed {self.seed}"
@@ -170,22 +174,30 @@ def load_script(path):
 
 
 def resolve(script, flags, where):
-    """(arguments as given, those with which the script's `main` would call its `train`), or its
-    refusal."""
-    found, refusal, train = [], io.StringIO(), script.train
-    script.train = lambda args, task: found.append(args)
+    """The arguments that the flags set, and those with which the script would train; a refusal is
+    a UserError."""
+    refusal = io.StringIO()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(refusal):
-            args = tyro.cli(script.Args, args=list(flags), prog=where)
-            if args.resume or args.evaluate:
-                raise UserError("--resume and --evaluate belong to the scripts, not to a launch")
-            script.main(args)
-        return args, found[0]
-    except script.UserError as e:
-        raise UserError(f"{where}: {e}") from e
+            given = tyro.cli(script.Args, args=list(flags), prog=where)
     except SystemExit as e:  # tyro has said which flag is wrong
         print(refusal.getvalue(), file=sys.stderr)
         raise UserError(f"{where}: wrong flags, see above") from e
+    if given.resume or given.evaluate:
+        raise UserError("--resume and --evaluate belong to the scripts, not to a launch")
+    return given, settle(script, given, where)
+
+
+def settle(script, given, where):
+    """The arguments with which the script's `main`, called with `given`, calls its `train`."""
+    found, train = [], script.train
+    script.train = lambda args, task: found.append(args)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            script.main(given)
+        return found[0]
+    except script.UserError as e:
+        raise UserError(f"{where}: {e}") from e
     finally:
         script.train = train
 
@@ -213,14 +225,15 @@ def expand(args, extra):
 
 def make_job(label, path, flags, seed, out):
     """A job whose directory follows from the arguments it resolves to."""
-    resolved = dataclasses.asdict(resolve(load_script(path), flags, f"{label} {flags[1]}")[1])
+    given, args = resolve(load_script(path), flags, f"{label} {flags[1]}")
+    resolved = dataclasses.asdict(args)
     task = resolved["env_id"].removesuffix("-v0").replace("/", "-")
     if resolved["seed"] != seed:
         raise UserError("give seeds with --seeds, not as a flag of the runs")
     hashed = {k: v for k, v in resolved.items() if k not in NOT_HASHED} | {"script": path.stem}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:8]
     home = out / label / task / f"{seed}-{digest}"
-    return Job(label, path, task, seed, (*flags, "--out-dir", str(home)), home)
+    return Job(label, path, task, seed, (*flags, "--out-dir", str(home)), home, given, args)
 
 
 def as_flags(args_type, values):
@@ -238,32 +251,30 @@ def as_flags(args_type, values):
 def offline_phase(job, out):
     """The run of a job's offline phase alone -> (Job, words that set what differs online), or None
     where the job has not both phases."""
-    script, stem = load_script(job.script), job.script.stem
-    given, full = resolve(script, job.flags, str(job))
-    if not (getattr(full, "online_steps", 0) and getattr(full, "offline_steps", 0)):
+    script, stem, given = load_script(job.script), job.script.stem, job.given
+    if not (getattr(job.args, "online_steps", 0) and getattr(job.args, "offline_steps", 0)):
         return None
     if stem not in ONLINE or given.start_from:
         why = "has --start-from" if stem in ONLINE else "is of a script without an entry in ONLINE"
         raise UserError(f"{job} {why}: leave --share-offline out")
-    defaults = script.Args()
-    alone = {n: getattr(defaults, n) for n in (*ONLINE[stem], "out_dir")} | {"online_steps": 0}
-    given = dataclasses.replace(given, **alone)
+    default = vars(script.Args())
+    given = dataclasses.replace(given, **{n: default[n] for n in ONLINE[stem]})
+    given = dataclasses.replace(given, online_steps=0, out_dir=default["out_dir"])
 
-    def make():
-        own = {n: v for n, v in vars(given).items() if v != getattr(defaults, n)}
-        words = as_flags(script.Args, dict(env_id=given.env_id, seed=given.seed) | own)
-        base = make_job(f"{stem}-offline", job.script, words, job.seed, out)
-        alone = resolve(script, words, str(base))[1]
-        return base, {n for n, v in vars(full).items() if v != getattr(alone, n)}
+    def differing():
+        alone = vars(settle(script, given, str(job))).items()
+        return {n: getattr(job.args, n) for n, v in alone if getattr(job.args, n) != v}
 
-    base, differing = make()
     # what a task sets may depend on whether there is an online phase, as FQL's alpha does
-    if wrong := differing - {*ONLINE[stem], "out_dir"}:
-        given = dataclasses.replace(given, **{n: getattr(full, n) for n in wrong})
-        base, differing = make()
-    if wrong := differing - {*ONLINE[stem], "out_dir"}:
+    wrong = {n: v for n, v in differing().items() if n not in (*ONLINE[stem], "out_dir")}
+    given = dataclasses.replace(given, **wrong)
+    online = {n: v for n, v in differing().items() if n != "out_dir"}
+    if wrong := online.keys() - ONLINE[stem]:
         raise UserError(f"{job}: {', '.join(wrong)} cannot be shared; leave --share-offline out")
-    online = {n: getattr(full, n) for n in ONLINE[stem] if n in differing}
+    own = {n: v for n, v in vars(given).items() if v != default[n]}
+    words = as_flags(script.Args, dict(env_id=given.env_id, seed=given.seed) | own)
+    base = make_job(f"{stem}-offline", job.script, words, job.seed, out)
+    base = dataclasses.replace(base, for_others=True)
     return base, tuple(as_flags(script.Args, online))
 
 
@@ -272,8 +283,7 @@ def share_offline(jobs, out):
     among the jobs, or has finished below `out` under whatever label, serves as well."""
     bases, shared = {(job.task, job.home.name): job for job in jobs}, {}
     for job in jobs:
-        found = offline_phase(job, out) if job.find()[0] == "new" else None
-        if found:
+        if found := offline_phase(job, out):
             base, words = found
             key = base.task, base.home.name
             for home in sorted(out.glob("/".join(["*", *key]))):
@@ -287,6 +297,28 @@ def share_offline(jobs, out):
     return list(shared)
 
 
+def elements(jobs, args):
+    """The jobs of each element of a SLURM array: --workers of them, or those that share an offline
+    phase. What has finished meanwhile changes nothing here."""
+    if not args.share_offline:
+        size = max(1, args.workers)
+        return [jobs[i : i + size] for i in range(0, len(jobs), size)]
+    groups = {}
+    for job in jobs:
+        groups.setdefault(job.base or job, []).append(job)
+    return list(groups.values())
+
+
+def without_idle(jobs):
+    """Jobs that have begun go on without their base; a base that nobody needs falls away."""
+    jobs = [
+        dataclasses.replace(job, base=None) if job.base and job.find()[0] != "new" else job
+        for job in jobs
+    ]
+    needed = {job.base for job in jobs}
+    return [job for job in jobs if job in needed or not job.for_others]
+
+
 def print_commands(jobs):
     """One line a run; those that are finished as comments."""
     for job in jobs:
@@ -297,15 +329,16 @@ def print_commands(jobs):
 
 
 def write_slurm(path, template, jobs, args, extra):
-    """Fill the template for an array whose elements run a job, or --workers of them, each."""
+    """Fill the template for an array of `elements`."""
     own, workers = dataclasses.asdict(args), max(1, args.workers)
     words = []
     for name in ("algos", "tasks", "seeds", "out", "algos_dir", "devices"):
         values = own[name] if isinstance(own[name], tuple) else [own[name]]
         words += ["--" + name.replace("_", "-"), *map(str, values)] if values else []
+    words += ["--share-offline"] * args.share_offline
     Path(args.out).mkdir(parents=True, exist_ok=True)  # SLURM does not make it for its logs
     fill = dict(
-        LAST=str((len(jobs) - 1) // workers),
+        LAST=str(len(elements(jobs, args)) - 1),
         WORKERS=str(workers),
         GPUS=str(max(1, len(args.devices))),
         CPUS=str(8 * workers),
@@ -330,9 +363,7 @@ def print_plan(jobs, args):
 
     known, rows = {}, {}  # what a run costs depends on neither its seed nor, nearly, its task
     for job in (job for job in jobs if job.find()[0] != "finished"):
-        resolved = resolve(load_script(job.script), job.flags, str(job))[1]
-        if job.base:
-            resolved = dataclasses.replace(resolved, offline_steps=0)
+        resolved = dataclasses.replace(job.args, offline_steps=0) if job.base else job.args
         setting = job.script.stem, dataclasses.replace(resolved, seed=0, env_id="", out_dir="")
         if setting not in known:
             online = getattr(resolved, "online_steps", 0) * getattr(resolved, "utd", 1)
@@ -643,11 +674,6 @@ def main(argv):
             with contextlib.suppress(KeyboardInterrupt):
                 return watch(args.status, args.once)
             return 0
-        if args.share_offline and (args.slurm or args.index is not None):
-            raise UserError(
-                "--share-offline needs --workers: a run of a SLURM array cannot wait for "
-                "another one; leave out either"
-            )
         jobs = expand(args, extra)
         jobs = share_offline(jobs, Path(args.out)) if args.share_offline else jobs
     except UserError as e:
@@ -655,14 +681,16 @@ def main(argv):
         return 2
     devices = args.devices
     if args.index is not None:
-        first, visible = args.index * max(1, args.workers), os.environ.get("CUDA_VISIBLE_DEVICES")
-        jobs = jobs[first : first + max(1, args.workers)]
+        own, visible = elements(jobs, args)[args.index :], os.environ.get("CUDA_VISIBLE_DEVICES")
+        jobs = own[0] if own else []
         if devices and visible:  # the ones that SLURM has given to this element
             devices = tuple(visible.split(","))
+    if args.slurm and not args.plan:
+        write_slurm(args.slurm, args.slurm_template, jobs, args, extra)
+        return 0
+    jobs = without_idle(jobs)
     if args.plan:
         print_plan(jobs, args)
-    elif args.slurm:
-        write_slurm(args.slurm, args.slurm_template, jobs, args, extra)
     elif args.workers:
         return Launch(jobs, args.workers, devices)()
     else:

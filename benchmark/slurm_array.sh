@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# SLURM array: one element per run, or per --workers of them. `launch.py --slurm FILE` fills the
-# words between @ signs; edit this template (or the file written) to fit your cluster: partition,
-# account, hours, GPU type.
+# SLURM array: one element per run, per --workers of them, or with --share-offline per offline phase
+# and the runs that start from it. `launch.py --slurm FILE` fills the words between @ signs; edit
+# this template (or the file written) to fit your cluster: partition, account, hours, GPU type.
 #
 # An element that finds its run finished ends at once; one that was stopped continues from its
 # checkpoint. So the way to go on after a time limit or a crash is to submit the same file again.

@@ -476,16 +476,33 @@ def test_failed_offline_phase_names_what_waits_for_it(launch, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--slurm", "jobs.sh"], "cannot wait for another one"),
-        (["--index", 0, "--workers", 1], "cannot wait for another one"),
-        (["--workers", 1, "--", "--start-from", "runs/x"], "has --start-from"),
+        ([ARMS[0], "--", "--start-from", "runs/x"], "has --start-from"),
+        (["mine=copy --online-steps 2"], "without an entry in ONLINE"),
     ],
 )
 def test_sharing_is_refused(launch, tmp_path, words, says):
-    command = launch("--algos", ARMS[0], "--seeds", 0, "--share-offline", *words)
+    (tmp_path / "algos" / "copy.py").write_text(PHASES)
+    command = launch("--workers", 1, "--seeds", 0, "--share-offline", "--algos", *words)
     done = call(command, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["algos"]
+
+
+def test_slurm_element_is_an_offline_phase_with_its_runs(launch, tmp_path):
+    """Their numbers stay when elements have finished, and a finished one ends at once."""
+    file, seeds = tmp_path / "jobs.sh", ("--seeds", 0, 1)
+    words = ["--algos", *ARMS, "fake", *seeds, "--share-offline", "--workers", 2]
+    assert call(launch(*words, "--slurm", file)).returncode == 0
+    assert "#SBATCH --array=0-5\n" in file.read_text()
+    new = [{"a-0", "b-0", "sac_flow-offline-0"}, {"c-0", "sac_flow-offline-0*"}, {"fake-0"}]
+    new += [{name.replace("0", "1") for name in names} for names in new]
+    for index in (4, 0, 0, 1, 3, 2, 5):
+        before = set(runs_of(tmp_path))
+        done = call(["bash", file], env=os.environ | {"SLURM_ARRAY_TASK_ID": str(index)})
+        assert done.returncode == 0, done.stdout + done.stderr
+        started, new[index] = new[index], set()
+        made = set(runs_of(tmp_path)) - before
+        assert {name.rstrip("*") for name in made} == {name.rstrip("*") for name in started}
 
 
 TWO_PHASES = [stem for stem in ("fmq", "gsflow", "sac_flow") if stem in SCRIPTS]
@@ -807,7 +824,8 @@ def test_table_scripts_count_what_they_would_cost(stem, tmp_path, capsys, monkey
         assert argv[0] == "benchmark/launch.py" and module.main(argv[1:]) == 0
         out = capsys.readouterr().out
         assert f"{stem}.py" not in out
-        rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("|")]
+        lines = [line.replace(",", "") for line in out.splitlines() if line.startswith("|")]
+        rows = [line.split("|")[1:-1] for line in lines]
         runs, updates, work, _ = map(float, rows[-1][1:])
         assert rows[-1][0].strip() == "all" and min(runs, updates, work) > 0
         totals = zip(*[map(float, row[1:]) for row in rows[2:-1]], strict=True)
