@@ -168,17 +168,19 @@ def test_killed_between_last_checkpoint_and_result(gsflow, reference, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_a_run_with_official_environments(data_dir, tmp_path):
-    """The terminal sends SIGINT to the workers too; only the main process may answer."""
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_signals_reach_a_run_with_official_environments(data_dir, tmp_path, number, code):
+    """A terminal sends them to the whole group, but only the main process may answer: it needs its
+    simulators for the checkpoint."""
     flags = [*TINY, "--env-backend", "host", "--offline-steps", 20, "--online-steps", 100_000]
     flags += ["--eval-episodes", 1, "--eval-interval", 20, "--checkpoint-interval", 20]
-    flags += ["--dataset-dir", data_dir]
+    flags += ["--dataset-dir", data_dir, "--num-envs", 2]
     process = start("gsflow", *flags, out_dir=tmp_path, start_new_session=True)
     while len(list(tmp_path.glob("*/checkpoint.*"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = finish(process, 130)
+    os.killpg(process.pid, number)
+    _, err = finish(process, code)
     assert f"--resume {only_run(tmp_path)}" in err and "Traceback" not in err
 
 
