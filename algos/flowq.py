@@ -74,6 +74,7 @@ Modes
 #   "flax==0.12.8",
 #   "optax==0.2.8",
 #   "tyro==1.0.17",
+#   "typeguard==4.6.1",
 #   "numpy==2.4.6",
 #   "gymnasium==1.4.0",
 #   "ogbench==1.2.2",
