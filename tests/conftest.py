@@ -21,6 +21,8 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
 def load_script(path):
     """Import a script by its path, once."""
     name = f"cleanflow_{path.stem}"
+    if getattr(sys.modules.get(name), "__file__", str(path)) != str(path):
+        name = f"{name}_{path.parent.name}"  # benchmark/mjx.py and benchmark/tasks/mjx.py
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)

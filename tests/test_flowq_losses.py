@@ -22,13 +22,18 @@ def flowq():
 
 
 OWN_TASK = """
+import jax.numpy as jnp
 import numpy as np
 from types import SimpleNamespace
 from gymnasium.spaces import Box
 
 def make_task(name, dataset_dir):
-    unused = dict(initial=None, transition=None, max_episode_steps=1)
-    env = SimpleNamespace(action_space=Box(-1, 1, (2,), np.float32), **unused)
+    spaces = dict(action_space=Box(-1, 1, (2,), np.float32))
+    spaces |= dict(observation_space=Box(-1, 1, (1,), np.float32))
+    same = lambda x, *_: x
+    steps = dict(initial=lambda rng: jnp.zeros(1), transition=same, observation=same)
+    steps |= dict(reward=lambda s, *_: s[0], terminal=lambda s, _: s[0] > 0, max_episode_steps=1)
+    env = SimpleNamespace(**spaces, **steps)
     return dict(env=env, critic=lambda obs, a: obs[..., 0] * a[..., 0] + a[..., 1])
 """
 

@@ -545,7 +545,7 @@ def test_bad_flags(sac, tmp_path, capsys, monkeypatch, name):
 
 def test_advice_after_divergence_names_flags_of_this_script(sac, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sac.signal, "signal", lambda *_: None)
-    flags = [*PENDULUM_RUN, "--policy", "gaussian", "--critic-lr", "1e38", "--out-dir", tmp_path]
+    flags = [*PENDULUM_RUN, "--policy", "gaussian", "--critic-lr", "1e30", "--out-dir", tmp_path]
     assert sac.command_line(sac.main, sac.Args, [*map(str, flags)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "training diverged before step" in err
