@@ -1287,11 +1287,11 @@ def simulate(envs, method, *inputs, **options):
     except Exception as e:
         processes, envs.closed = getattr(envs, "processes", []), True  # nothing else is to close
         multiprocessing.connection.wait([p.sentinel for p in processes], 1)
-        over = [f"{i} (exit {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
+        over = [f" {i} (exit {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
         for process in processes:
             process.kill()
         again = f"; --resume {shlex.quote(str(Run.dir))} goes on" if Run.dir else ""
-        raise UserError(f"simulator {', '.join(over)} failed: {str(e) or repr(e)}{again}") from e
+        raise UserError(f"simulator{','.join(over)} failed: {str(e) or repr(e)}{again}") from e
 
 
 def evaluate_jax(env, episodes, policy, state, step):
