@@ -198,10 +198,24 @@ def load_d4rl():
     """Import benchmark/tasks/d4rl.py, which knows D4RL's names, mazes and directories."""
     if not (path := TASKS / "d4rl.py").is_file():
         fail(f"{path} is missing; copy it from the repository.")
-    spec = importlib.util.spec_from_file_location("cleanflow_d4rl", path)
-    module = importlib.util.module_from_spec(spec)
+    return load_module(path)
+
+
+def load_module(path: Path):
+    """Import a file of this repository by its path."""
+    spec = importlib.util.spec_from_file_location(f"cleanflow_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def d4rl_path(name: str, dataset_dir: Path) -> Path:
+    """Where a collected D4RL set is written, once it is sure that it can be."""
+    try:
+        load_d4rl().needed("h5py")
+    except ImportError as error:
+        fail(f"{error}.")
+    return load_d4rl().collected_path(name, dataset_dir)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -805,10 +819,7 @@ def load_policy(run_dir: Path, env):
     import jax
     import jax.numpy as jnp
 
-    path = TASKS.parent.parent / "algos" / "sac_flow.py"
-    spec = importlib.util.spec_from_file_location("cleanflow_sac_flow", path)
-    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_module(TASKS.parent.parent / "algos" / "sac_flow.py")
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     try:
         args = script.read_args(run_dir, [], script.Args())
@@ -878,11 +889,7 @@ def make_locomotion(args: Args):
              f"--env-id {example}-v4 --online-steps 60000")  # fmt: skip
     if args.num_transitions is not None and args.num_transitions < ROLLOUT_ENVS:
         fail(f"--num-transitions must be at least {ROLLOUT_ENVS}, not {args.num_transitions}.")
-    try:
-        d4rl.needed("h5py")
-    except ImportError as error:
-        fail(f"{error}.")
-    paths, env = (d4rl.collected_path(name, args.dataset_dir),), d4rl.make_env(name)
+    paths, env = (d4rl_path(name, args.dataset_dir),), d4rl.make_env(name)
     rng, act, tree = np.random.default_rng(args.seed), None, None
     if kind == "random":
         size = (ROLLOUT_ENVS, *env.action_space.shape)
@@ -896,11 +903,7 @@ def make_locomotion(args: Args):
                 fail(f"{args.policy} has no replay: give a run that got to its online phase.")
             rows = replay_rows(tree)
         else:
-            noisy = (
-                np.arange(ROLLOUT_ENVS) % 2 == 0
-                if "expert" in kind
-                else np.ones(ROLLOUT_ENVS, bool)
-            )
+            noisy = (np.arange(ROLLOUT_ENVS) % 2 == 0) | ("expert" not in kind)
             rows = rollout_rows(name, act, noisy, args.num_transitions or 200_000, args.seed)
         ends = rows["terminals"] | rows["timeouts"]
         mean_return = float(rows["rewards"].sum() / ends.sum())
@@ -916,16 +919,21 @@ def make_locomotion(args: Args):
           f"mean return {mean_return:,.0f}, normalised {score:.1f}.")  # fmt: skip
 
 
+def check_counts(args: Args):
+    for field, low in {"num_transitions": 1, "episode_length": 1, "workers": 1, "seed": 0}.items():
+        if (value := getattr(args, field)) is not None and value < low:
+            fail(f"--{field.replace('_', '-')} must be at least {low}, not {value}.")
+
+
 def make_dataset(args: Args):
     if args.name is None:
         fail("which dataset? For example: python benchmark/collect.py antmaze-large")
     if args.name.startswith(("d4rl/halfcheetah", "d4rl/hopper", "d4rl/walker2d")):
         find_d4rl_recipe(args.name)  # is there such a set?
+        check_counts(args)
         return make_locomotion(args)
     recipe = find_recipe(args.name)
-    for field, low in {"num_transitions": 1, "episode_length": 1, "workers": 1, "seed": 0}.items():
-        if (value := getattr(args, field)) is not None and value < low:
-            fail(f"--{field.replace('_', '-')} must be at least {low}, not {value}.")
+    check_counts(args)
     if recipe.policy == ANT_POLICY.name and not ANT_POLICY.is_file():
         fail(f"the ant policy {ANT_POLICY} is missing; copy it from the repository.")
 
@@ -938,13 +946,7 @@ def make_dataset(args: Args):
     stem = directory / f"{recipe.dataset}.collected"
     paths = (Path(f"{stem}.npz"), Path(f"{stem}-val.npz"))
     if recipe.d4rl:
-        d4rl = load_d4rl()
-        try:
-            d4rl.needed("h5py")
-        except ImportError as error:
-            fail(f"{error}.")
-        paths = (d4rl.collected_path(recipe.dataset, args.dataset_dir),)
-
+        paths = (d4rl_path(recipe.dataset, args.dataset_dir),)
     with destination(paths, args.overwrite) as file:
         what = f"{episodes[0]:,}" + f" + {episodes[1]:,}" * (not recipe.d4rl) + " episodes"
         what += " (train + val)" * (not recipe.d4rl) + f" of {length:,} transitions"
