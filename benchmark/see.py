@@ -2,7 +2,7 @@
 
     python benchmark/see.py runs/RUN                      -> runs/RUN/video.mp4 and video.gif
     python benchmark/see.py runs/A runs/B --out ab.gif    side by side; .mp4 or .gif: only that one
-    python benchmark/see.py runs/RUN --plot               -> runs/RUN/policy.png (point mazes)
+    python benchmark/see.py runs/RUN --plot               -> runs/RUN/policy.png (mazes)
     python benchmark/see.py runs/RUN --follow             while it trains: a video per checkpoint
     python algos/gsflow.py --evaluate runs/RUN --video    the first of these, then the evaluation
 
@@ -11,6 +11,9 @@ shows what the table counts. Point mazes, one-step toys and the pendulum are dra
 episodes at once; official environments are drawn by their own renderers, or by MuJoCo's where they
 have none, one episode after another, without a display: through EGL, else OSMesa. A JAX environment
 of a task file is drawn by its method draw(state) -> uint8 (H, W, 3), one episode after another.
+
+--plot shows the critics' value all over a maze, beside it where the policy of a point maze goes in
+each place and what its prior and flow draw there, or the ways of a walker (antmaze, humanoidmaze).
 
 MP4 needs a package that holds an ffmpeg: pip install -r benchmark/requirements-video.txt
 """
@@ -27,6 +30,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -682,7 +686,7 @@ def look_of(run):
     """How to ask the script's method; a script of another name has to be added here."""
     script, args, state = run.script, run.args, run.state
     jax, jnp = script.jax, script.jnp
-    size = run.env.action_space.shape[0]
+    size = (run.env or run.host).action_space.shape[0]
     nets, params = script.make_networks(args, size), state.params
     seen = lambda obs: (obs - state.obs_mean) / state.obs_std
     noise = lambda key, *shape: jax.random.normal(key, shape)
@@ -728,7 +732,8 @@ def look_of(run):
 def ask(run, points, samples, with_draws=False):
     """At each of the points (M, 2): the critics' value of the policy's actions (M,), the actions
     (M, samples, A), and if asked for noises and the flow's actions, the first of each chunk."""
-    jax, look, size = run.script.jax, look_of(run), run.env.action_space.shape[0]
+    jax, look = run.script.jax, look_of(run)
+    size = (run.env or run.host).action_space.shape[0]
 
     def at(inputs):
         obs, keys = inputs[0], jax.random.split(inputs[1], samples)
@@ -742,6 +747,9 @@ def ask(run, points, samples, with_draws=False):
 
     keys = jax.random.split(jax.random.key(0), len(points))
     obs = np.asarray(points, np.float32)
+    if not run.env:  # a walker as it stands at the start of an episode, moved there
+        obs = np.tile(np.asarray(run.host.reset(seed=0)[0], np.float32), (len(points), 1))
+        obs[:, :2] = points
     found = jax.jit(lambda *x: jax.lax.map(at, x, batch_size=64))(obs, keys)
     return [np.asarray(x) for x in found]
 
@@ -752,31 +760,57 @@ def value_map(run, view):
     return points, ask(run, points, 4)[0]
 
 
-def plot(runs, path):
-    """A row per run: value map, field of actions, samples of prior, flow and policy."""
+def plot(runs, path, episodes):
+    """A row per run: value map; point mazes: field of actions, samples of prior, flow and policy;
+    walkers: the ways of some episodes."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as e:
         raise UserError("--plot needs matplotlib: pip install matplotlib") from e
-    for run in runs:
-        if not hasattr(run.env, "maze_map"):
-            raise UserError(f"--plot draws point mazes, and {run.task.name} is none: leave it out")
-    rows, columns = runs[0].env.maze_map.shape
-    height = 4.6 * rows / columns + 0.5
-    figure = Figure(figsize=(14.5, height * len(runs)), layout="constrained")
+    mazes = [maze_of(run) for run in runs]
+    rows, columns = mazes[0].maze_map.shape
+    panels = 3 if any(run.env for run in runs) else 2
+    size = (4.85 * panels, (4.6 * rows / columns + 0.5) * len(runs))
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(runs), 3, squeeze=False)
-    for run, row in zip(runs, axes, strict=True):
-        plot_row(run, row, figure)
+    axes = figure.subplots(len(runs), panels, squeeze=False)
+    for run, maze, row in zip(runs, mazes, axes, strict=True):
+        plot_row(run, maze, row, figure, episodes)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png")
     print(f"written to {path} ({path.stat().st_size / 1e6:.2f} MB)")
 
 
-def plot_row(run, axes, figure):
-    view = MazeView(run.env, 480)
-    rows, columns = run.env.maze_map.shape
+def maze_of(run):
+    """The maze, in the words of the scripts' point mazes: maze_map, ij_to_xy, start_xy, goal_xy."""
+    if hasattr(run.env, "maze_map"):
+        return run.env
+    host = run.host
+    if run.env or not host.has_wrapper_attr("maze_map"):
+        raise UserError(f"--plot draws mazes, and {run.task.name} is none: leave it out")
+    start_xy = np.array(host.reset(seed=0)[0][:2])
+    name = "goal_xy" if host.has_wrapper_attr("goal_xy") else "cur_goal_xy"  # D4RL's, OGBench's
+    fields = dict(start_xy=start_xy, goal_xy=host.get_wrapper_attr(name))
+    fields |= {name: host.get_wrapper_attr(name) for name in ("maze_map", "ij_to_xy")}
+    return SimpleNamespace(**fields)
+
+
+def draw_ways(run, axis, number):
+    """Where a walker's first episodes lead: green those that end in success."""
+    ways, succeeded = {}, {}
+    for episode, _, _, success, _ in play_host(run, number, None):
+        ways.setdefault(episode, []).append(np.array(run.host.unwrapped.data.qpos[:2]))
+        succeeded[episode] = success
+    for episode, way in ways.items():
+        axis.plot(*np.array(way).T, lw=1.2, c="#2ca02c" if succeeded[episode] else "#d62728")
+    there = int(sum(succeeded.values()))
+    axis.set_title(f"ways of {number} episodes, {there} of them to the goal", fontsize=10)
+
+
+def plot_row(run, maze, axes, figure, episodes):
+    view = MazeView(maze, 480)
+    rows, columns = maze.maze_map.shape
     extent = [view.low[0], view.low[0] + columns * view.unit]
     extent += [view.low[1], view.low[1] + rows * view.unit]
 
@@ -786,13 +820,26 @@ def plot_row(run, axes, figure):
     image = axes[0].imshow(picture, origin="lower", extent=extent, cmap="viridis")
     figure.colorbar(image, ax=axes[0], shrink=0.8)
     axes[0].set_title(f"{run.title}: value of the policy's action", fontsize=10)
+    if run.env:
+        draw_actions(run, view, axes[1:])
+    else:
+        draw_ways(run, axes[1], episodes)
+    for axis in axes:
+        walls = np.where(maze.maze_map == 1, 0.25, np.nan)
+        axis.imshow(walls, origin="lower", extent=extent, cmap="gray", vmin=0, vmax=1)
+        axis.plot(*maze.goal_xy, "*", c="#2ca02c", ms=13, mec="white")
+        axis.plot(*maze.start_xy, "o", mfc="none", c="black", ms=8)
+        axis.set(xlim=extent[:2], ylim=extent[2:], aspect="equal", xticks=[], yticks=[])
 
+
+def draw_actions(run, view, axes):
+    """A point maze's mean action in each place, and samples of prior, flow and policy."""
     points, _ = view.free_points(2)
     mean = ask(run, points, 16)[1].mean(axis=1)
     length = np.linalg.norm(mean, axis=1)
     arrows = dict(angles="xy", scale_units="xy", scale=0.75, width=0.005, cmap="plasma")
-    axes[1].quiver(*points.T, *mean.T, length, **arrows)
-    axes[1].set_title("mean of 16 actions; short: they disagree", fontsize=10)
+    axes[0].quiver(*points.T, *mean.T, length, **arrows)
+    axes[0].set_title("mean of 16 actions; short: they disagree", fontsize=10)
 
     points, _ = view.free_points(1)
     _, actions, noises, flow = ask(run, points, 48, with_draws=True)
@@ -803,19 +850,12 @@ def plot_row(run, axes, figure):
         (actions, "#1f77b4", 2, "policy"),
     ):
         spots = points[:, None] + reach * np.clip(samples, -2, 2)
-        axes[2].scatter(*spots.reshape(-1, 2).T, s=size, c=color, lw=0, label=name)
+        axes[1].scatter(*spots.reshape(-1, 2).T, s=size, c=color, lw=0, label=name)
     corners = reach * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]])
     for point in points:
-        axes[2].plot(*(point + corners).T, c="#dfe3e8", lw=0.6, zorder=0)
-    axes[2].set_title("samples in each cell: prior, flow, policy", fontsize=10)
-    axes[2].legend(fontsize=7, loc="lower right", markerscale=4)
-
-    for axis in axes:
-        walls = np.where(run.env.maze_map == 1, 0.25, np.nan)
-        axis.imshow(walls, origin="lower", extent=extent, cmap="gray", vmin=0, vmax=1)
-        axis.plot(*run.env.goal_xy, "*", c="#2ca02c", ms=13, mec="white")
-        axis.plot(*run.env.start_xy, "o", mfc="none", c="black", ms=8)
-        axis.set(xlim=extent[:2], ylim=extent[2:], aspect="equal", xticks=[], yticks=[])
+        axes[1].plot(*(point + corners).T, c="#dfe3e8", lw=0.6, zorder=0)
+    axes[1].set_title("samples in each cell: prior, flow, policy", fontsize=10)
+    axes[1].legend(fontsize=7, loc="lower right", markerscale=4)
 
 
 # ---- main ----
@@ -838,7 +878,7 @@ def main(options):
     if options.follow:
         return follow(options, out)
     runs = [open_run(run, options) for run in options.runs]
-    return plot(runs, out) if options.plot else record(runs, out, options)
+    return plot(runs, out, options.episodes) if options.plot else record(runs, out, options)
 
 
 def main_of(argv=None):

@@ -595,6 +595,7 @@ def returns_of(sac, args, task, state):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_pendulum_is_learned(tmp_path, sac):
     """Flow-G with the defaults; an untrained and a random policy are measured beside it."""
     task = sac.parse_task(PENDULUM)

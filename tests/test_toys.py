@@ -169,6 +169,7 @@ class Toy:
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_fql_on_the_toy(gsflow, tmp_path, monkeypatch):
     flags = dict(num_seeds=4, alpha=10.0, online_alpha=1.0, **FQL)
     toy = Toy(gsflow, tmp_path, monkeypatch, offline_steps=2_000, online_steps=2_000, **flags)
@@ -182,6 +183,7 @@ def test_fql_on_the_toy(gsflow, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_gsflow_on_the_toy(gsflow, tmp_path, monkeypatch):
     """Two seeds, because four take minutes more; the averages over four pass as well."""
     flags = dict(num_seeds=2, alpha=10.0, online_alpha=10.0)

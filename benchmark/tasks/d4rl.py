@@ -291,23 +291,28 @@ class AntMaze(gymnasium.Wrapper):
         from ogbench.locomaze.ant import AntEnv
 
         self.goal_xy, self.maze = np.full(2, np.nan), MAZES[maze]
+        self.maze_map = np.array([[cell == "#" for cell in row] for row in self.maze.rows])
         tree = ElementTree.parse(AntEnv.xml_file)
-        for i, row in enumerate(self.maze.rows):
-            for j in np.flatnonzero(np.array(list(row)) == "#"):
-                wall = dict(name=f"block_{i}_{j}", type="box", contype="1", conaffinity="1")
-                wall |= dict(size=f"{CELL / 2} {CELL / 2} 1", rgba="0.7 0.5 0.3 1")
-                wall |= dict(pos=f"{CELL * (j - 1)} {CELL * (i - 1)} 1")
-                ElementTree.SubElement(tree.find("worldbody"), "geom", wall)
+        for i, j in np.argwhere(self.maze_map):
+            wall = dict(name=f"block_{i}_{j}", type="box", contype="1", conaffinity="1")
+            wall |= dict(size=f"{CELL / 2} {CELL / 2} 1", rgba="0.7 0.5 0.3 1")
+            x, y = self.ij_to_xy((i, j))
+            wall |= dict(pos=f"{x} {y} 1")
+            ElementTree.SubElement(tree.find("worldbody"), "geom", wall)
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "maze.xml"
             tree.write(file)
             super().__init__(AntEnv(xml_file=str(file)))
 
+    def ij_to_xy(self, ij):
+        """Row and column of a cell -> the position (2,) of its centre."""
+        return CELL * np.array([ij[1] - 1, ij[0] - 1])
+
     def reset(self, *, seed=None, options=None):
         obs, _ = self.env.reset(seed=seed)
-        rng, (i, j) = self.unwrapped.np_random, self.maze.goal
+        rng = self.unwrapped.np_random
         # two uniform draws, as in D4RL's goal sampler: up to 1.5 beyond the cell's centre
-        self.goal_xy = CELL * np.array([j - 1, i - 1]) + rng.uniform(0, [[1], [0.5]], (2, 2)).sum(0)
+        self.goal_xy = self.ij_to_xy(self.maze.goal) + rng.uniform(0, [[1], [0.5]], (2, 2)).sum(0)
         return obs, {"success": 0.0}
 
     def step(self, action):
