@@ -272,6 +272,41 @@ def test_plot_writes_a_picture(maze_run, tmp_path):
     assert pixels.shape[1] > 1000 and pixels.std() > 30
 
 
+def test_plot_of_a_walker(gsflow, tmp_path):
+    """The ant stands where the value is asked; without torques its way ends near its start."""
+    task = gsflow.parse_task("antmaze-medium")
+    args = gsflow.resolve(gsflow.Args(env_id="antmaze-medium", **TINY["gsflow"]), task)
+    host = gsflow.make_host_env(task, "post")
+    state = gsflow.start_states(args, 29, 8, np.zeros(29, np.float32), np.ones(29, np.float32))
+    state = jax.tree.map(lambda x: x[0], state)
+    asked = []
+
+    def policy(state, obs, key):
+        jax.debug.callback(lambda x: asked.append(np.asarray(x)), obs, ordered=False)
+        return np.zeros(8, np.float32) + 0 * obs[:8]
+
+    run = see.Run(gsflow, task, None, host, policy, args, state, 0, "ant")
+    maze = see.maze_of(run)
+    assert np.linalg.norm(maze.start_xy) < 2 and np.linalg.norm(maze.goal_xy) > 10
+    points = np.array([[0, 0], [4, 8]], np.float32)
+    value = see.ask(run, points, 1)[0]
+    jax.effects_barrier()
+    rows = {tuple(x[:2]): x for x in np.reshape(asked, (-1, 29))}
+    assert set(rows) == {(0, 0), (4, 8)}
+    start = np.asarray(host.reset(seed=0)[0], np.float32)
+    for point, q in zip(points, value, strict=True):
+        np.testing.assert_array_equal(rows[tuple(point)][2:], start[2:])
+        by_hand = see.look_of(run).value(rows[tuple(point)], np.zeros(8, np.float32))
+        np.testing.assert_allclose(q, by_hand, rtol=1e-4, atol=1e-6)
+    policy_only = run._replace(policy=lambda state, obs, key: 0 * obs[:8])
+    see.plot([policy_only], tmp_path / "x.png", 1)
+    pixels = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"), int)
+    assert pixels.shape[1] > 900 and pixels.std() > 30
+    red = (np.abs(pixels - (214, 39, 40)).max(axis=-1) < 40).nonzero()  # of a way that fails
+    assert 0 < len(red[0]) < 2_000 and np.ptp(red[1]) < 60
+    host.close()
+
+
 # ---- misuse ----
 def refused(capsys, *argv):
     assert see.main_of([*map(str, argv)]) == 2
