@@ -52,12 +52,13 @@ python benchmark/launch.py --algos "$GSFLOW" "$FQL" --tasks multi-crescent --see
 
 # Table of training and inference time: python benchmark/speed.py --methods GSFlow FQL
 
-# D4RL: antmazes and cloned Adroit offline, then online (500K, then 500K steps).
-python benchmark/launch.py --share-offline --algos "$GSFLOW" "$FQL" \
-    "gsflow-online=$GSFLOW --online-steps 500000" "fql-online=${FQL#*=} --online-steps 500000" \
+# D4RL: antmazes and cloned Adroit, as FQL trained: 500K offline, or 1M offline and 1M online.
+ONLINE="--offline-steps 1000000 --online-steps 1000000"
+python benchmark/launch.py --algos "$GSFLOW" "$FQL" \
+    "gsflow-online=$GSFLOW $ONLINE" "fql-online=${FQL#*=} $ONLINE" \
     --tasks d4rl/antmaze-umaze-v2 d4rl/antmaze-umaze-diverse-v2 d4rl/antmaze-medium-play-v2 \
     d4rl/antmaze-medium-diverse-v2 d4rl/antmaze-large-play-v2 d4rl/antmaze-large-diverse-v2 \
     d4rl/pen-cloned-v1 d4rl/door-cloned-v1 d4rl/hammer-cloned-v1 d4rl/relocate-cloned-v1 \
-    --seeds 0 1 2 3 4 --out runs/gsflow-tables/d4rl "$@" -- --offline-steps 500000
+    --seeds 0 1 2 3 4 --out runs/gsflow-tables/d4rl "$@"
 
 # The paper's pixel table needs environments that are not here.
