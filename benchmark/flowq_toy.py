@@ -250,9 +250,9 @@ def draw(path, flowq, trained, paths, weights, p, lam, rng):
         axis.legend(fontsize=7)
         axis.tick_params(labelsize=7)
     figure.suptitle(
-        f"FlowQ, lambda = {lam:g}: W alone aims at the exact posterior. Green: energy-weighted side; "
-        "circles: the data's modes. Early guidance picks modes, late guidance pushes samples off "
-        "them."
+        f"FlowQ, lambda = {lam:g}: W alone aims at the exact posterior. Green: energy-weighted "
+        "side; circles: the data's modes. Early guidance picks modes, late guidance pushes samples "
+        "off them."
     )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
