@@ -91,7 +91,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # headless rendering
@@ -109,6 +109,7 @@ import optax
 import tyro
 
 ALGO = "flowq"
+Values = float | tuple[float, ...]  # several: a grid, whose combinations train in one program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +157,12 @@ class Args:
 
     # ---- optimisation ----
     batch_size: int | None = None  # rows per gradient step
-    learning_rate: float | None = None  # Adam's step size
-    actor_learning_rate: float | None = None  # of the velocity nets, unless as the others'
+    learning_rate: Values | None = None  # Adam's step size
+    actor_learning_rate: Values | None = None  # of the velocity nets, unless as the others'
     lr_decay: bool | None = None  # cosine decay to 0 over --offline-steps, which then cannot change
     grad_norm_clip: float = 0.0  # largest gradient norm of each network; 0: no limit
-    tau: float | None = None  # target critic: fraction of the new critic in each step
-    ema_decay: float = 0.999  # averaged policy, which acts and makes TD targets: share kept
+    tau: Values | None = None  # target critic: fraction of the new critic in each step
+    ema_decay: Values = 0.999  # averaged policy, which acts and makes TD targets: share kept
     gamma: float | None = None  # discount
     n_step: int | None = None  # n-step TD targets, to success or episode end (full-size runs: 1)
     hidden_dims: tuple[int, ...] | None = None  # widths of all nets that the next two leave open
@@ -172,7 +173,7 @@ class Args:
     time_embedding: Literal["raw", "sinusoid"] = "raw"  # t, or Diffusion-QL's sinusoids of 1000 t
 
     # ---- algorithm ----
-    guidance_lambda: float | None = None  # lambda, weight of the energy; 0: flow matching alone
+    guidance_lambda: Values | None = None  # lambda, weight of the energy; 0: flow matching alone
     guidance_warmup: int = 0  # updates over which lambda rises from 0: at first |Q| is no scale
     velocity_form: Literal["score", "drop-time", "field", "posterior", "weighted"] = "score"
     """how the guided density becomes a velocity: see the table at the top"""
@@ -185,7 +186,7 @@ class Args:
     guidance_clip: float | None = None  # largest length of a row's guidance; 0: no limit
     critic: Literal["td", "iql", "exact"] | None = None
     """td: targets with sampled actions; iql: expectile value net; exact: a task file's known Q"""
-    expectile: float | None = None  # of the value net of --critic iql
+    expectile: Values | None = None  # of the value net of --critic iql
     q_agg: Literal["mean", "min"] | None = None  # how --critic td joins both target critics
     max_backup_samples: int = 1  # M, actions per next state, the best by each target critic counts
     flow_steps: int | None = None  # K, Euler steps from noise to action
@@ -528,6 +529,7 @@ class TrainState:
     obs_std: jax.Array
     seed: jax.Array
     step: jax.Array
+    arm: Any = None  # of a grid: which of a flag's values are this member's
 
 
 class Settings(NamedTuple):
@@ -611,7 +613,7 @@ def make_update(nets, args):
 
 
 # ---- training ----
-# What a dispatch changes, the carry, is a dict of arrays with a leading axis of seeds, which a
+# What a dispatch changes, the carry, is a dict of arrays with a leading axis of members, which a
 # program's steps do not see: state, a TrainState, and sums, the metrics since the last log.
 def make_learn(nets, args):
     """learn(carry, data, settings) -> carry: sample a batch and update once."""
@@ -634,11 +636,11 @@ def train(args, task):
     """Train offline, from the start or from the checkpoint of --resume."""
     env = make_jax_env(task, args)
     raw, source = load_dataset(task, args)
-    data = place(prepare(raw, args, task), args.num_seeds, copy=True)
+    data = place(prepare(raw, args, task), len(members(args)), copy=True)
     obs_dim, act_dim = data["obs"].shape[1], data["actions"].shape[1]
     nets = make_networks(args, act_dim, task)
 
-    learn = make_learn(nets, args)
+    learn = per_arm(make_learn, nets, args)
     inputs = (data, Settings(jnp.float32(args.guidance_lambda)))
     phases = [Phase("offline", 0, args.offline_steps, Program(learn, *inputs))]
 
@@ -678,7 +680,8 @@ def train_loop(run, carry, phases, evaluate, nets):
                 raise SystemExit(128 + run.signal)
         run.bar.close()
         if draw := run.task.parts.get("after_phase"):
-            ask(draw, run.dir, phase.name, sys.modules[__name__], nets, run.args, carry["state"])
+            first, script = next(iter(arms(run.args).values())), sys.modules[__name__]
+            ask(draw, run.dir, phase.name, script, nets, first, carry["state"])
     return results or evaluate(carry["state"], run.step)  # the run was over but for result.json
 
 
@@ -1219,11 +1222,11 @@ def summary(results):
 
 
 def make_evaluate(task, env, policies, args):
-    """Function (state of all seeds, step, every) -> {metric: (num_seeds, episodes)} of one
+    """Function (state of all members, step, every) -> {metric: (members, episodes)} of one
     evaluation; of the first mode alone unless `every` or --eval-all-modes. `policies` maps a mode,
     in which its metrics' names end, to `policy(state, obs (D,), key) -> (H * A,)`, the actions of
     the next H steps. `env` is the JAX environment or None (official)."""
-    seeds, episodes = [args.seed + i for i in range(args.num_seeds)], args.eval_episodes
+    seeds, episodes = [member.seed for member in members(args)], args.eval_episodes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = len(seeds) * max(1, min(episodes, cores // len(seeds)))
     keep = gymnasium.vector.AutoresetMode.DISABLED  # an ended episode waits to be reset
@@ -1275,14 +1278,16 @@ def evaluate_only(args, task):
     state = restore(state, tree["state"], args.evaluate)
     policies = evaluation_policies(make_networks(args, act_dim), args)
     results = make_evaluate(task, env, policies, args)(state, facts["step"])
+    labels = [member.name for member in members(args)]
+    left = max(6, *map(len, labels))
     print(f"{task.name}, step {facts['step']:,}, {args.eval_episodes} episodes per seed")
     for names in (metric_names(task, [mode]) for mode in policies):
         width = max(map(len, names)) + 3
-        print("  seed" + "".join(f"{name:>{width}}" for name in names))
-        for i in range(args.num_seeds):
+        print(f"{'seed':>{left}}" + "".join(f"{name:>{width}}" for name in names))
+        for i, name in enumerate(labels):
             means = (results[name][i].mean() for name in names)
-            print(f"{args.seed + i:>6}" + "".join(f"{mean:>{width}.2f}" for mean in means))
-    print(f"   all  {summary(results)}")
+            print(f"{name:>{left}}" + "".join(f"{mean:>{width}.2f}" for mean in means))
+    print(f"{'all':>{left}}  {summary(results)}")
     return results
 
 
@@ -1557,19 +1562,103 @@ def purpose_key(seed, purpose, *numbers):
     return functools.reduce(jax.random.fold_in, numbers, jax.random.key(seed))
 
 
-def place(tree, num_seeds, copy=False):
-    """Put arrays on the device; on several devices split them by their leading seed axis, or give
-    each device a copy (`copy`), where the seeds divide evenly."""
+# A run trains members: `num_seeds` seeds of each arm, one combination of the values of those flags
+# that have several (a grid). state.arm is the arm's number, None without a grid.
+class Member(NamedTuple):
+    arm: str  # alpha=3,tau=0.01; without a grid empty
+    seed: int
+    name: str  # alpha=3,tau=0.01,seed=2; without a grid 2
+
+
+def grid_flags(args_type):
+    """Names of the flags that may have several values."""
+    fields = dataclasses.fields(args_type)
+    return [field.name for field in fields if tuple[float, ...] in get_args(field.type)]
+
+
+def several(args):
+    """The flags that have several values, {name: a value for each arm}."""
+    return {k: v for k, v in vars(args).items() if isinstance(v, tuple) and float in map(type, v)}
+
+
+def combine(args):
+    """All combinations of the values that were given with each flag, as the arms."""
+    given = several(args)
+    for name, values in given.items():
+        need(len({*values}) == len(values), f"--{name.replace('_', '-')} has a value twice")
+    columns = zip(*itertools.product(*given.values()), strict=True)
+    return dataclasses.replace(args, **dict(zip(given, columns, strict=True)))
+
+
+def arms(args):
+    """{name: its arguments, as of a run of its own}; a flag that follows another is not named."""
+    columns = several(args)
+    if not columns:
+        return {"": args}
+    named = {v: k for k, v in reversed(columns.items())}  # of flags with equal values the first
+    found = {}
+    for i, row in enumerate(zip(*columns.values(), strict=True)):
+        name = ",".join(f"{k}={v[i]:.12g}" for v, k in reversed(named.items()))
+        found[name] = dataclasses.replace(args, **dict(zip(columns, row, strict=True)))
+    return found
+
+
+def members(args):
+    """Those of the first arm, then those of the next; all arrays of a run are in this order."""
+    pairs = itertools.product(arms(args), range(args.seed, args.seed + args.num_seeds))
+    return [Member(arm, s, f"{arm},seed={s}" if arm else str(s)) for arm, s in pairs]
+
+
+def each_arm(resolve):
+    """Let a function (args, ...) -> args see the arms one by one, as runs of their own."""
+
+    @functools.wraps(resolve)
+    def resolve_all(args, *inputs):
+        first, *rest = rows = [resolve(arm, *inputs) for arm in arms(args).values()]
+        columns = {k: tuple(getattr(row, k) for row in rows) for k in vars(first)}
+        columns = {k: v for k, v in columns.items() if rest and len({*v}) > 1}
+        for name in columns.keys() - grid_flags(type(args)):
+            raise UserError(f"--{name.replace('_', '-')} would differ between the arms: give it")
+        return dataclasses.replace(first, **columns)
+
+    return resolve_all
+
+
+def of_arm(args, arm):
+    """`args` with the numbers of an arm, which is a traced number or None."""
+    own = {k: jnp.float32(v)[arm] for k, v in several(args).items()}
+    return dataclasses.replace(args, **own) if own else args
+
+
+def per_arm(make, nets, args, *more):
+    """make(nets, args, *more), a function whose first input is a carry or a state: of a grid it has
+    the numbers of that member's arm, in args and in the settings of learn(carry, data, *settings),
+    whose numbers are arrays over the arms where arms differ."""
+
+    def function(first, *inputs, **options):
+        is_carry = isinstance(first, dict)
+        arm = (first["state"] if is_carry else first).arm
+        if is_carry:
+            own = jax.tree.map(lambda x: x[arm] if x.ndim else x, inputs[1:])
+            inputs = (inputs[0], *own)
+        return make(nets, of_arm(args, arm), *more)(first, *inputs, **options)
+
+    return function if several(args) else make(nets, args, *more)
+
+
+def place(tree, number, copy=False):
+    """Put arrays on the device; on several devices split them by their leading axis of members, or
+    give each device a copy (`copy`), where the members divide evenly."""
     devices = jax.devices()
-    if len(devices) == 1 or num_seeds % len(devices):
+    if len(devices) == 1 or number % len(devices):
         return jax.device_put(tree, devices[0])
-    mesh = jax.sharding.Mesh(np.array(devices), ("seeds",))
-    return jax.device_put(tree, jax.NamedSharding(mesh, jax.P() if copy else jax.P("seeds")))
+    mesh = jax.sharding.Mesh(np.array(devices), ("members",))
+    return jax.device_put(tree, jax.NamedSharding(mesh, jax.P() if copy else jax.P("members")))
 
 
 class Program:
-    """`step(carry, *inputs)` n times for all seeds in one dispatch: program(carry, n) -> carry,
-    whose memory is reused. Seeds share the inputs (dataset, settings). `seconds`: of compiling."""
+    """`step(carry, *inputs)` n times for all members in one dispatch: program(carry, n) -> carry,
+    whose memory is reused. They share the inputs (dataset, settings). `seconds`: of compiling."""
 
     def __init__(self, step, *inputs):
         self.step, self.inputs, self.executable, self.seconds = step, inputs, None, 0.0
@@ -1584,10 +1673,10 @@ class Program:
         return self.executable(carry, n, *self.inputs)
 
     def repeat(self, carry, n, *inputs):
-        one_seed = lambda c: jax.lax.fori_loop(0, n, lambda _, c: self.step(c, *inputs), c)
+        one_member = lambda c: jax.lax.fori_loop(0, n, lambda _, c: self.step(c, *inputs), c)
         if len(jax.tree.leaves(carry)[0]) > 1:
-            return jax.vmap(one_seed)(carry)
-        carry = one_seed(jax.tree.map(lambda x: x[0], carry))  # an axis of one can cost XLA's CPU
+            return jax.vmap(one_member)(carry)
+        carry = one_member(jax.tree.map(lambda x: x[0], carry))  # an axis of one can cost XLA's CPU
         return jax.tree.map(lambda x: x[None], carry)  # code twice the time
 
 
@@ -1599,11 +1688,11 @@ def add_sums(sums, metrics, weight=1, kind="train"):
 
 
 def zero_sums(learn, carry, *inputs):
-    """Sums of metrics before the first update, for all seeds; `carry` is what `learn` needs."""
-    one, seeds = jax.tree.map(lambda x: x[0], carry), len(carry["state"].seed)
+    """Sums of metrics before the first update, for all members; `carry` is what `learn` needs."""
+    one, count = jax.tree.map(lambda x: x[0], carry), len(carry["state"].seed)
     names = jax.eval_shape(learn, one | {"sums": {}}, *inputs)["sums"]
     names = [*names, "online/return", "online/success"]
-    return place({name: jnp.zeros((seeds, 2)) for name in names}, seeds)
+    return place({name: jnp.zeros((count, 2)) for name in names}, count)
 
 
 def write_file(path, content):
@@ -1653,7 +1742,7 @@ def restore(template, tree, run_dir):
             old = np.pad(old, {1: (0, max(0, new.shape[1] - old.shape[1]))})
         elif (new.shape, new.dtype) != (old.shape, old.dtype):
             raise ValueError(f"{name} is {old.dtype} {old.shape}, not {new.dtype} {new.shape}")
-        elif name.endswith("['seed']") and (new != old).any():
+        elif name.endswith(("['seed']", "['arm']")) and (new != old).any():
             raise ValueError(f"{name} is {old}, not {new}")
         return jax.device_put(old, new.sharding)
 
@@ -1664,10 +1753,18 @@ def restore(template, tree, run_dir):
 
 
 def start_states(args, obs_dim, act_dim, mean, std):
-    """Fresh states of all seeds on the device(s)."""
-    seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
-    init = jax.vmap(functools.partial(init_state, args, obs_dim, act_dim), (None, None, 0))
-    return place(jax.jit(init)(mean, std, seeds), args.num_seeds)
+    """Fresh states of all members on the device(s)."""
+    count, arm = len(arms(args)), None
+    seeds = jnp.tile(jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed, count)
+    if count > 1:
+        arm = jnp.repeat(jnp.arange(count), args.num_seeds)
+
+    def init(mean, std, seed, arm):
+        state = init_state(of_arm(args, arm), obs_dim, act_dim, mean, std, seed)
+        return state if arm is None else state.replace(arm=arm)
+
+    init = jax.jit(jax.vmap(init, (None, None, 0, 0)))
+    return place(init(mean, std, seeds, arm), len(seeds))
 
 
 def resume(carry, phases, args):
@@ -1701,6 +1798,10 @@ def read_args(run_dir, argv, default):
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     known |= dict(resume=None, evaluate=None)
     args = tyro.cli(type(default), args=argv, default=type(default)(**known))
+    new = several(combine(tyro.cli(type(default), args=argv)))
+    text = f"--{', --'.join(new)} had other values in {run_dir}, which cannot change"
+    need(new.items() <= known.items(), f"{text}; start a new run".replace("_", "-"))
+    args = dataclasses.replace(args, **new)
     free = {"resume", "evaluate", *FREE}
     free |= set() if known.get("online_steps") else {"offline_steps", *FREE_ALSO}
     free |= {"env_backend", "video", *EVALUATION_FLAGS} if args.evaluate else set()
@@ -1722,8 +1823,9 @@ class Run:
     def __init__(self, args, task, source, data, policies, progress):
         vars(self).update(PROGRESS | progress)
         self.args, self.task, self.saved, self.signal = args, task, self.step, None
-        self.seeds = [args.seed + i for i in range(args.num_seeds)]
-        self.left = [i for i, s in enumerate(self.seeds) if str(s) not in self.diverged]
+        self.members = members(args)
+        self.left = [i for i, m in enumerate(self.members) if m.name not in self.diverged]
+        self.tags = [m.name if m.arm else f"seed{m.seed}" for m in self.members]
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.stop)
@@ -1738,6 +1840,7 @@ class Run:
             algo=ALGO, task=task.name, dataset_source=source, dataset_crc32=checksum,
             device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             commit=(git or "").strip() or None, args=vars(args),
+            arms={k: {n: vars(arm)[n] for n in several(args)} for k, arm in arms(args).items()},
             args_crc32=zlib.crc32(json.dumps(vars(args)).encode()),
             versions={p: importlib.metadata.version(p) for p in packages},
         )  # fmt: skip
@@ -1778,7 +1881,7 @@ class Run:
 
         from tensorboard.summary import Writer
 
-        self.writers = [Writer(str(path / f"tb_seed{s}")) for s in self.seeds]
+        self.writers = [Writer(str(path / f"tb_{tag}")) for tag in self.tags]
         names = dict(project=args.wandb_project, id=path.name, config=self.facts)
         self.wandb = wandb and wandb.init(**names, resume="allow")
 
@@ -1791,7 +1894,7 @@ class Run:
 
     def dispatch(self, carry):
         """Iterations of about a second, up to the next thing that is due -> (carry, whether to log,
-        to evaluate, to save). A seed that diverged is named and left out; without any, stops."""
+        to evaluate, to save). A member that diverged is named and left out; without any, stops."""
         phase, args, before = self.phase, self.args, self.step
         due = (args.log_interval, args.eval_interval, args.checkpoint_interval)
         due = [min(phase.end, (before // interval + 1) * interval) for interval in due]
@@ -1814,10 +1917,11 @@ class Run:
             broken = [k for k, v in sums.items() if "train/" in k and not np.isfinite(v[i]).all()]
             if broken:
                 what = f"diverged before step {self.step:,}: {', '.join(broken)} not finite"
-                self.diverged = self.diverged | {str(self.seeds[i]): self.step}
+                self.diverged = self.diverged | {self.members[i].name: self.step}
                 self.left.remove(i)
                 if self.left:
-                    tqdm.write(f"seed {self.seeds[i]} {what}; the others go on")
+                    kind = "" if self.members[i].arm else "seed "
+                    tqdm.write(f"{kind}{self.members[i].name} {what}; the others go on")
         if not self.left:
             rates = [k.replace("_", "-") for k in vars(args) if k.endswith(("_lr", "ing_rate"))]
             raise UserError(
@@ -1827,12 +1931,12 @@ class Run:
         return carry, *(self.step >= step for step in due)
 
     def log(self, carry, results):
-        """A CSV row and TensorBoard point per seed: means since the last log, and the evaluation's
-        `results`, if there are. What nothing is known of is NaN here, and left out."""
+        """A CSV row and TensorBoard point per member: means since the last log, and `results`, the
+        evaluation's, if there are. What nothing is known of is NaN here, and left out."""
         mean = lambda total, n: np.where(n > 0, total / np.maximum(n, 1), np.nan)
-        sums, seeds = jax.device_get(carry["sums"]), len(self.seeds)
+        sums, count = jax.device_get(carry["sums"]), len(self.members)
         values = {name: mean(*pairs.T) for name, pairs in sums.items()}
-        returns = np.asarray(carry.get("recent", np.full((seeds, 1), np.nan)))
+        returns = np.asarray(carry.get("recent", np.full((count, 1), np.nan)))
         values["charts/episodic_return"] = mean(np.nansum(returns, 1), (~np.isnan(returns)).sum(1))
         updates = max(pairs[0, 1] for name, pairs in sums.items() if "train/" in name)
         self.updates_per_s, self.log_seconds = float(updates / self.log_seconds), 0.0
@@ -1842,21 +1946,24 @@ class Run:
         values |= {f"eval/{k}": measured.get(k, np.nan) for k in self.metrics}
         if results:
             self.evals = [*self.evals, values[f"eval/{self.metrics[0]}"].tolist()]
-            left = summary({k: v[self.left] for k, v in results.items()})
-            tqdm.write(f"{self.phase.name} step {self.step:>9,}  {left}")
-        table = csv.DictWriter(self.csv, ["step", "phase", "seed", *values])
+            for arm, rows in self.left_by_arm().items():
+                text = f"{arm}  " * bool(arm) + summary({k: v[rows] for k, v in results.items()})
+                tqdm.write(f"{self.phase.name} step {self.step:>9,}  {text}")
+        arm_column = ["arm"] * bool(self.members[0].arm)
+        table = csv.DictWriter(self.csv, ["step", "phase", *arm_column, "seed", *values])
         if self.csv.tell() == 0:
             table.writeheader()
-        for i, seed in enumerate(self.seeds):
-            row = {k: float(np.broadcast_to(v, seeds)[i]) for k, v in values.items()}
+        for i, member in enumerate(self.members):
+            row = {k: float(np.broadcast_to(v, count)[i]) for k, v in values.items()}
             row = {k: v for k, v in row.items() if i in self.left and not np.isnan(v)}
-            table.writerow(dict(step=self.step, phase=self.phase.name, seed=seed, **row))
+            where = dict(step=self.step, phase=self.phase.name, seed=member.seed)
+            table.writerow(where | dict.fromkeys(arm_column, member.arm) | row)
             for name, value in row.items():
                 self.writers[i].add_scalar(name, value, self.step)
             if self.wandb:
-                self.wandb.log({f"{k}/seed{seed}": v for k, v in row.items()}, self.step)
+                self.wandb.log({f"{k}/{self.tags[i]}": v for k, v in row.items()}, self.step)
         self.csv.flush()
-        return carry | {"sums": place(jax.tree.map(np.zeros_like, sums), seeds)}
+        return carry | {"sums": place(jax.tree.map(np.zeros_like, sums), count)}
 
     def save(self, carry):
         self.saved, self.csv_bytes = self.step, self.csv.tell()
@@ -1865,21 +1972,35 @@ class Run:
             save_checkpoint(self.dir, carry, facts, "offline")  # stays, for --start-from
         save_checkpoint(self.dir, carry, facts)
 
+    def left_by_arm(self):
+        """{an arm's name: its members that are left}, of the arms that have any."""
+        by_arm = itertools.groupby(self.left, lambda i: self.members[i].arm)
+        return {arm: list(rows) for arm, rows in by_arm}
+
+    def figures(self, results, rows):
+        """What the last evaluation says of some members -> (facts, the same as a line)."""
+        last_three = float(np.array(self.evals[-3:])[:, rows].mean())
+        results = {k: v[rows] for k, v in results.items()}
+        facts = {f"eval/{k}": float(v.mean()) for k, v in results.items()}
+        facts |= {f"eval/{self.metrics[0]}_last_three": last_three}
+        facts |= {"seeds": [self.members[i].seed for i in rows]}
+        facts |= {"episodes": {k: v.tolist() for k, v in results.items()}}
+        return facts, f"{summary(results)}  last three evaluations {last_three:.2f}"
+
     def finish(self, results):
         """Write result.json and print the same figures as the last line."""
-        left, source = self.left, self.facts["dataset_source"]
-        last_three = float(np.array(self.evals[-3:])[:, left].mean())
-        results = {k: v[left] for k, v in results.items()}
-        result = {f"eval/{k}": float(v.mean()) for k, v in results.items()}
-        result |= {f"eval/{self.metrics[0]}_last_three": last_three, "steps": self.step}
+        result, text = self.figures(results, self.left)
+        result |= {"steps": self.step, "diverged": self.diverged}
         result |= {k: self.facts[k] for k in ("dataset_source", "device", "commit")}
         result |= {"train_seconds": self.train_seconds, "updates_per_s": self.updates_per_s}
-        result |= {"seeds": [self.seeds[i] for i in left], "diverged": self.diverged}
-        result |= {"episodes": {k: v.tolist() for k, v in results.items()}}
+        if self.members[0].arm:
+            arms = {k: self.figures(results, rows) for k, rows in self.left_by_arm().items()}
+            result["arms"] = {arm: facts for arm, (facts, _) in arms.items()}
+            print(*(f"{arm}  {line}" for arm, (_, line) in arms.items()), sep="\n")
         write_file(self.dir / "result.json", result)
         speed = f"train_seconds {self.train_seconds:.0f}  updates_per_s {self.updates_per_s:.1f}"
-        print(f"done: {summary(results)}  last three evaluations {last_three:.2f}  steps "
-              f"{self.step:,}  {speed}  dataset {source}  in {self.dir}")  # fmt: skip
+        print(f"done: {text}  steps {self.step:,}  {speed}  "
+              f"dataset {self.facts['dataset_source']}  in {self.dir}")  # fmt: skip
 
 
 class Phase(NamedTuple):
@@ -1902,6 +2023,7 @@ def check_numbers(args, unbounded=(), zero=()):
     for name, kind in ((field.name, field.type) for field in dataclasses.fields(args)):
         flag, value = f"--{name.replace('_', '-')}", getattr(args, name)
         ask(check_type, value, kind, failing=f"{flag} is {value!r}: ")
+        need(value != () or name not in grid_flags(type(args)), f"{flag} needs a number")
         if type(value) in (int, float):
             low = -1e30 if name in unbounded else int(type(value) is int and name not in zero)
             high = most.get(name, 2**31 - 1 if type(value) is int else 1e30)
@@ -1927,7 +2049,11 @@ def command_line(main, args_type, argv=None):
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress too
     Run.dir = None
     try:
-        args = tyro.cli(args_type, args=argv)
+        args, more = tyro.cli(args_type, args=argv, return_unknown_args=True)
+        if more and not more[0].startswith("-"):
+            flags = ", --".join(grid_flags(args_type)).replace("_", "-")
+            raise UserError(f"'{more[0]}' is a value too many; several are for --{flags}")
+        args = combine(tyro.cli(args_type, args=argv) if more else args)  # which says what is wrong
         need(args.evaluate or not args.video, "--video goes with --evaluate RUN_DIR")
         need(None in (args.resume, args.evaluate), "--resume and --evaluate exclude each other")
         ask(jax.devices, failing="JAX finds no device; see JAX_PLATFORMS: ")
@@ -1962,6 +2088,7 @@ FREE_ALSO = ()  # flags that may still change when a run is resumed
 EVALUATION_FLAGS = ("eval_candidates", "eval_choice", "flow_steps")  # may change with --evaluate
 
 
+@each_arm
 def resolve(args, task):
     """Fill what no flag set from the task table; refuse what is out of range or contradictory."""
     given, args = args, fill(args, **task_table(task, DEFAULTS))
