@@ -10,7 +10,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # Sweep of lambda for both schedules, 3 seeds, default task of each environment. Evaluations report
-# one sample (n1) beside the best of 50 (n50): only n1 tests the guidance.
+# one sample (n1) beside the best of 50 (n50): only n1 tests the guidance. The seven values of lambda
+# of a seed train as one program (--pack).
 LAMBDAS=(0 0.3 1 3 10 30 100)
 SWEEP=()
 for schedule in t t2_over_1mt; do
@@ -20,7 +21,7 @@ for schedule in t t2_over_1mt; do
 done
 python benchmark/launch.py --algos "${SWEEP[@]}" --seeds 0 1 2 \
     --tasks antmaze-large antmaze-giant humanoidmaze-medium humanoidmaze-large antsoccer-arena \
-    cube-single cube-double scene puzzle-3x3 puzzle-4x4 --out runs/flowq-tables/lambda "$@"
+    cube-single cube-double scene puzzle-3x3 puzzle-4x4 --out runs/flowq-tables/lambda --pack "$@"
 
 # All five tasks of each environment with the default lambda (put the sweep's winner in), 5 seeds.
 ALL_TASKS=()

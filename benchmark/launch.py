@@ -9,6 +9,7 @@
     python benchmark/launch.py --status runs                                  # Ctrl-C ends it only
     python benchmark/launch.py --share-offline --algos fmq "mvp=fmq --online-objective mvp"
         --tasks cube-double-task4 --workers 2                                 # one offline phase
+    python benchmark/launch.py --pack --algos "a=gsflow --alpha 1" "b=gsflow --alpha 3"     # one run
     bash benchmark/gsflow.sh --dry-run        # what the runs would cost, counted; starts nothing
 
 An algorithm is `[LABEL=]SCRIPT [FLAGS]`, a task `TASK [FLAGS]`; what follows a lone `--` goes to
@@ -26,6 +27,10 @@ but those of ONLINE below begin at the same one, also at one of another launch w
 They are as if made in one go and have the same directories, and they wait until it has finished; in
 a SLURM array an element is an offline phase with all runs that begin at its end.
 
+With --pack the methods of one script that differ only in numbers of which a run can train several
+(those that --help shows with more than one value), and are all combinations of these, become one
+run, LABEL..LABEL, with one program for all; reports have a line for each as if they were alone.
+
 --status OUT shows the runs that launchers have begun below OUT, anew every two seconds until a
 Ctrl-C: progress, rate, ETA, the headline metric of the last evaluation, the last line of the log
 where a run failed. It starts and changes nothing. The ETA takes the rate of the last dispatch, so
@@ -40,6 +45,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -104,6 +110,7 @@ class Args:
     once: bool = False  # with --status: print the table once (also done where there is no terminal)
     share_offline: bool = False
     """runs that differ only in what matters online start from the end of one offline phase"""
+    pack: bool = False  # methods that differ only in numbers of a grid become one run each
     plan: Annotated[bool, tyro.conf.arg(aliases=["--dry-run"])] = False
     """count the runs, their updates and, from their arithmetic, what they would cost; starts
     nothing"""
@@ -127,6 +134,7 @@ class Job:
     base: "Job | None" = None  # the run of its offline phase, at whose end this one starts
     online_flags: tuple[str, ...] = ()  # what it then sets
     for_others: bool = False  # nobody asked for it but those that start from it
+    labels: tuple[tuple[str, str], ...] = ()  # of a packed one: (arm, its label)
 
     def __str__(self):
         return f"{self.label} {self.task} seed {self.seed}"
@@ -183,6 +191,10 @@ def resolve(script, flags, where):
     except SystemExit as e:  # tyro has said which flag is wrong
         print(refusal.getvalue(), file=sys.stderr)
         raise UserError(f"{where}: wrong flags, see above") from e
+    try:
+        given = getattr(script, "combine", lambda given: given)(given)  # of the values of a grid
+    except script.UserError as e:
+        raise UserError(f"{where}: {e}") from e
     if given.resume or given.evaluate:
         raise UserError("--resume and --evaluate belong to the scripts, not to a launch")
     return given, settle(script, given, where)
@@ -236,6 +248,36 @@ def make_job(label, path, flags, seed, out):
     return Job(label, path, task, seed, (*flags, "--out-dir", str(home)), home, given, args)
 
 
+def pack(jobs, out):
+    """Put the jobs that can be arms of one run together."""
+    groups = {}
+    for job in jobs:
+        free = dict.fromkeys(load_script(job.script).grid_flags(type(job.given)))
+        key = job.script, dataclasses.replace(job.given, **free)
+        groups.setdefault(key, []).append(job)
+    return [job for group in groups.values() for job in pack_group(group, out)]
+
+
+def pack_group(group, out):
+    """Jobs that differ only in numbers of which a run can have several -> [one job], or themselves
+    where they are not all combinations of their values."""
+    first, script, values = group[0], load_script(group[0].script), {}
+    for name in script.grid_flags(script.Args):
+        if len({getattr(job.given, name) for job in group}) > 1:  # None: what the task sets
+            values[name] = tuple(dict.fromkeys(getattr(job.args, name) for job in group))
+    if math.prod(map(len, values.values())) != len(group) or len(group) == 1:
+        return group
+    words = [*first.flags[:-2], *as_flags(script.Args, values)]  # without --out-dir
+    label = f"{first.label}..{group[-1].label}"
+    packed = make_job(label, first.script, words, first.seed, out)
+    arms, labels = {arm: name for name, arm in script.arms(packed.args).items()}, {}
+    for job in group:
+        if job.args not in arms:  # a task's default depends on one of these numbers
+            return group
+        labels[arms[job.args]] = job.label
+    return [dataclasses.replace(packed, labels=tuple(labels.items()))]
+
+
 def as_flags(args_type, values):
     """{argument: value} -> the words that set them."""
     types, words = typing.get_type_hints(args_type), []
@@ -254,8 +296,10 @@ def offline_phase(job, out):
     script, stem, given = load_script(job.script), job.script.stem, job.given
     if not (getattr(job.args, "online_steps", 0) and getattr(job.args, "offline_steps", 0)):
         return None
-    if stem not in ONLINE or given.start_from:
-        why = "has --start-from" if stem in ONLINE else "is of a script without an entry in ONLINE"
+    grid = any(isinstance(v, tuple) and float in map(type, v) for v in vars(given).values())
+    if stem not in ONLINE or given.start_from or grid:
+        why = "has a grid" if grid else "has --start-from"
+        why = why if stem in ONLINE else "is of a script without an entry in ONLINE"
         raise UserError(f"{job} {why}: leave --share-offline out")
     default = vars(script.Args())
     given = dataclasses.replace(given, **{n: default[n] for n in ONLINE[stem]})
@@ -335,7 +379,7 @@ def write_slurm(path, template, jobs, args, extra):
     for name in ("algos", "tasks", "seeds", "out", "algos_dir", "devices"):
         values = own[name] if isinstance(own[name], tuple) else [own[name]]
         words += ["--" + name.replace("_", "-"), *map(str, values)] if values else []
-    words += ["--share-offline"] * args.share_offline
+    words += ["--share-offline"] * args.share_offline + ["--pack"] * args.pack
     Path(args.out).mkdir(parents=True, exist_ok=True)  # SLURM does not make it for its logs
     fill = dict(
         LAST=str(len(elements(jobs, args)) - 1),
@@ -367,8 +411,10 @@ def print_plan(jobs, args):
         setting = job.script.stem, dataclasses.replace(resolved, seed=0, env_id="", out_dir="")
         if setting not in known:
             online = getattr(resolved, "online_steps", 0) * getattr(resolved, "utd", 1)
-            updates = resolved.num_seeds * (resolved.offline_steps + online)
-            known[setting] = updates, speed.run_flops(job.script.stem, resolved)
+            arms = getattr(load_script(job.script), "arms", lambda args: {"": args})(resolved)
+            updates = len(arms) * resolved.num_seeds * (resolved.offline_steps + online)
+            work = len(arms) * speed.run_flops(job.script.stem, next(iter(arms.values())))
+            known[setting] = updates, work
         rows.setdefault(job.label, []).append(known[setting])
     rate = args.tflops * args.share * 1e12
     print(f"counted, not measured: products only, no evaluation; assumed {args.share:.0%} of "
@@ -432,6 +478,7 @@ class Launch:
             self.fail(job, f"another launcher is running it, see {job.log}")
             return
         facts = dict(label=job.label, script=job.script.stem, flags=job.flags)
+        facts |= dict(arms=dict(job.labels)) if job.labels else {}
         (job.home / "launch.tmp").write_text(json.dumps(facts, indent=2) + "\n")
         (job.home / "launch.tmp").replace(job.home / "launch.json")  # a --status may be reading it
         env = self.environment(worker)
@@ -675,6 +722,9 @@ def main(argv):
                 return watch(args.status, args.once)
             return 0
         jobs = expand(args, extra)
+        if args.pack and args.share_offline:
+            raise UserError("--pack and --share-offline exclude each other")
+        jobs = pack(jobs, Path(args.out)) if args.pack else jobs
         jobs = share_offline(jobs, Path(args.out)) if args.share_offline else jobs
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

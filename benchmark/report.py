@@ -17,9 +17,10 @@ the episodes of its final evaluation. Columns:
   last three        mean of the last three evaluations, of the headline metric
   published         somebody else's number and where it stands: never part of any figure of ours
 
-Runs are one method if they share the script, the launcher's label and every argument but the seed;
-where a label stands for several settings, the arguments in which they differ are named. Several
-finished runs of the same seed count once, the newest.
+Runs are one method if they share the script, the launcher's label and every argument but the seed,
+and so are the seeds of one arm of a run with a grid; where a label stands for several settings, the
+arguments in which they differ are named. Several finished runs of the same seed count once, the
+newest.
 """
 
 import base64
@@ -69,16 +70,17 @@ class Args:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run directory; `scores` maps a metric to one score per seed, in the order of `seeds`."""
+    """One run directory, of a grid one arm of it, whose values are in the arguments."""
 
     directory: Path
     facts: dict  # args.json
     result: dict | None  # result.json, None where the run has not ended
     label: str
+    arm: str = ""  # its name, of a grid
 
     @property
     def args(self):
-        return self.facts["args"]
+        return self.facts["args"] | self.facts.get("arms", {}).get(self.arm, {})
 
     @property
     def seeds(self):
@@ -118,7 +120,7 @@ class Run:
             with open(path, newline="") as file:
                 end = math.inf if path == paths[-1] else self.args["offline_steps"]
                 rows += [r for r in csv.DictReader(file) if int(r["step"]) <= end]
-        return rows
+        return [row for row in rows if row.get("arm", self.arm) == self.arm]
 
 
 @dataclasses.dataclass
@@ -171,14 +173,19 @@ def bootstrap_interval(tasks, resamples, seed=0, level=0.95):
 
 # ---- reading ----
 def read_runs(roots):
-    """All run directories below some directories -> list of Run, oldest first."""
+    """All run directories below some directories -> list of Run, one for each arm, oldest first."""
     runs = []
     for path in sorted({p for root in roots for p in Path(root).rglob("args.json")}):
         facts, result = json.loads(path.read_text()), path.with_name("result.json")
         launched = path.parent.parent / "launch.json"
-        label = json.loads(launched.read_text())["label"] if launched.is_file() else facts["algo"]
+        launch = json.loads(launched.read_text()) if launched.is_file() else {}
         result = json.loads(result.read_text()) if result.is_file() else None
-        runs.append(Run(path.parent, facts, result, label))
+        for arm in facts.get("arms", ("",)):
+            label = launch.get("arms", {}).get(arm, launch.get("label", facts["algo"]))
+            own = result
+            if arm and result:  # an arm none of whose seeds is left has no result
+                own = arm in result["arms"] and result | result["arms"][arm]
+            runs.append(Run(path.parent, facts, own or None, label, arm))
     return sorted(runs, key=lambda run: run.directory.stat().st_mtime)
 
 
@@ -504,7 +511,7 @@ def write_markdown(sections, averages, notes, unfinished, args):
         lines += [note, ""]
     if unfinished:
         lines += ["Not finished, and in no table:", ""]
-        lines += [f"- {run.directory}" for run in unfinished]
+        lines += dict.fromkeys(f"- {run.directory}" for run in unfinished)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -753,7 +760,9 @@ def link(path, out, text):
 
 def html_media(groups, out, budget):
     """Figures of the groups' videos and pictures; `budget`: [bytes left], spent here."""
-    found = [(path, g.label, run) for g in groups for run in g.runs for path in find_media(run)]
+    runs = [(g.label, run) for g in groups for run in g.runs]
+    found = {path: (path, label, run) for label, run in runs for path in find_media(run)}
+    found = list(found.values())  # of a grid once
     found.sort(key=lambda item: item[0].stat().st_size)
     figures, links = [], []
     for path, label, run in found:

@@ -38,7 +38,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont  # matplotlib requires it, and takes ten times as long
 
 HERE = Path(__file__).resolve().parent
-NEEDED = ("Args", "main", "read_args", "purpose_key", "make_networks")
+NEEDED = ("Args", "main", "read_args", "purpose_key", "make_networks", "arms")
 REPLACED = ("make_evaluate", "make_host_env")
 
 
@@ -56,6 +56,7 @@ class Args:
     follow: bool = False  # a video of each checkpoint that the runs write, until they end
     mode: str | None = None  # mode of evaluation, say best_of_n (default: each method's first)
     seed: int | None = None  # which seed of a run with several (default: the first)
+    arm: str | None = None  # which arm of a grid, say alpha=3 (default: the first)
     episodes: int = 4  # episodes to show
     max_steps: int | None = None  # cut them after so many steps
     every: int = 2  # steps between two frames
@@ -145,7 +146,7 @@ def open_run(directory, options):
 
 
 def chosen(script, found, algo, options):
-    """The mode of acting and the seed that the flags ask for, of a run as `open_run` found it."""
+    """The mode of acting, arm and seed that the flags ask for, of a run as `open_run` found it."""
     args, policies = found["args"], found.pop("policies")
     mode = options.mode if options.mode is not None else next(iter(policies))
     if mode not in policies:
@@ -155,9 +156,16 @@ def chosen(script, found, algo, options):
     if not args.seed <= seed < args.seed + args.num_seeds:
         seeds = f"{args.seed} to {args.seed + args.num_seeds - 1}"
         raise UserError(f"--seed {seed} is not in a run of the seeds {seeds}")
-    state, index = found.pop("state"), seed - args.seed
-    state = script.jax.tree.map(lambda x: x[index], state)
-    rest = dict(host=None, policy=policies[mode], title=f"{algo} {mode}".strip())
+    arms = script.arms(args)
+    arm = next(iter(arms)) if options.arm is None else options.arm
+    if arm not in arms:
+        names = ", ".join(arms) if any(arms) else "none: leave it out"
+        raise UserError(f"--arm {arm} is not one of the run's ({names})")
+    index = list(arms).index(arm) * args.num_seeds + seed - args.seed
+    state = script.jax.tree.map(lambda x: x[index], found.pop("state"))
+    title = " ".join(filter(None, (algo, mode, arm)))
+    rest = dict(host=None, policy=policies[mode], title=title)
+    found["args"] = arms[arm]
     return Run(script=script, state=state, **(rest | found))
 
 
