@@ -9,7 +9,7 @@
     python benchmark/launch.py --status runs                                  # Ctrl-C ends it only
     python benchmark/launch.py --share-offline --algos fmq "mvp=fmq --online-objective mvp"
         --tasks cube-double-task4 --workers 2                                 # one offline phase
-    python benchmark/launch.py --pack --algos "a=gsflow --alpha 1" "b=gsflow --alpha 3"     # one run
+    python benchmark/launch.py --pack --algos "a=gsflow --alpha 1" "b=gsflow --alpha 3"   # one run
     bash benchmark/gsflow.sh --dry-run        # what the runs would cost, counted; starts nothing
 
 An algorithm is `[LABEL=]SCRIPT [FLAGS]`, a task `TASK [FLAGS]`; what follows a lone `--` goes to

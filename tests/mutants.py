@@ -122,8 +122,8 @@ MUTANTS = [
            'purpose_key(state.seed, "act", time), "one-step")', f"{ACT}[fmq]"),
     Mutant("fmq-act-key-time", "fmq", 'purpose_key(state.seed, "act", time), "best-of-n")',
            'purpose_key(state.seed, "act"), "best-of-n")', f"{ACT}[fmq]"),
-    Mutant("fmq-online-objective", "fmq", "make_learn(nets, args, args.online_objective)",
-           "make_learn(nets, args)", f"{PHASES}[fmq-jax]"),
+    Mutant("fmq-online-objective", "fmq", "make_learn, nets, args, args.online_objective)",
+           "make_learn, nets, args)", f"{PHASES}[fmq-jax]"),
     Mutant("fmq-frozen-actor", "fmq", 'u_off = nets.actor(frozen["offline"], obs, x, r, 1.0)',
            'u_off = jax.lax.stop_gradient(nets.actor(params["actor"], obs, x, r, 1.0))',
            "test_fmq_losses::test_fmq_loss_written_out[offline]"),
@@ -236,6 +236,13 @@ MUTANTS = [
            "jnp.arange(args.num_seeds, dtype=jnp.int32)", WIRED + "test_seeds_begin_at_the_flag"),
     Mutant("last-three", "runs", "self.evals[-3:]", "self.evals[:3]",
            WIRED + "test_last_three_evaluations"),
+    Mutant("grid-numbers", "runs", "jnp.float32(v)[arm]", "jnp.float32(v)[0]",
+           "test_grid::test_a_function_gets_the_numbers_of_its_arm"),
+    Mutant("grid-settings", "runs", "x[arm] if x.ndim else x", "x[0] if x.ndim else x",
+           "test_grid::test_a_member_equals_its_single_run"),
+    Mutant("grid-order", "runs", "jnp.repeat(jnp.arange(count), args.num_seeds)",
+           "jnp.tile(jnp.arange(count), args.num_seeds)",
+           "test_grid::test_everything_names_the_members"),
 ]  # fmt: skip
 
 

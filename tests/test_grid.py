@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -206,6 +207,20 @@ def test_combinations_and_what_follows_from_them(gsflow):
     assert [m.seed for m in gsflow.members(args)] == [0, 1] * 6
     single = gsflow.resolve(gsflow.Args(), task)
     assert gsflow.arms(single) == {"": single} and gsflow.members(single) == [("", 0, "0")]
+
+
+def test_a_function_gets_the_numbers_of_its_arm(gsflow):
+    """In its arguments; `learn` in the settings too, but the data are everybody's."""
+    args = gsflow.Args(tau=(0.5, 0.25))
+    state = SimpleNamespace(arm=jnp.int32(1))
+    act = gsflow.per_arm(
+        lambda nets, args, more: lambda state, x: more * args.tau * x, None, args, 3
+    )
+    assert act(state, np.arange(3.0)).tolist() == [0, 0.75, 1.5]
+    learn = lambda nets, args: lambda carry, data, *settings: (args.tau, data.tolist(), *settings)
+    settings = jnp.array([7.0, 8.0]), jnp.float32(9)
+    found = gsflow.per_arm(learn, None, args)({"state": state}, np.arange(2.0), *settings)
+    assert found == (0.25, [0, 1], 8, 9)
 
 
 def test_report_has_a_row_for_each_arm(grid, tmp_path):
