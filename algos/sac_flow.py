@@ -104,7 +104,7 @@ class Args:
     mode: Literal["online", "offline-to-online"] | None = None
     """from scratch, or from a dataset and then online (default for tasks with data)"""
     seed: int = 0  # first seed
-    num_seeds: int = 1  # train this many seeds (seed, seed+1, ...) in one vmapped program
+    num_seeds: int = 1  # seeds (seed, seed+1, ...), of a grid of each arm, in one vmapped program
     out_dir: str = "runs"  # directory in which the run directory is created
     evaluate: str | None = None  # run directory: evaluate its checkpoint, train nothing
     video: bool = False  # with --evaluate: also record episodes (see benchmark/see.py)
@@ -2067,6 +2067,9 @@ def restore(template, tree, run_dir):
         return jax.device_put(old, new.sharding)
 
     target = flax.serialization.to_state_dict(template)
+    for part in (tree, tree.get("state")):
+        if isinstance(part, dict) and "seed" in part:
+            part.setdefault("arm")  # from before there were grids
     failing = f"the checkpoint in {run_dir} does not fit the arguments: "
     tree = ask(jax.tree_util.tree_map_with_path, put, target, tree, failing=failing)
     return flax.serialization.from_state_dict(template, tree)
@@ -2094,6 +2097,12 @@ def resume(carry, phases, args):
     if not run_dir:
         return carry, {}
     tree, facts = load_checkpoint(run_dir, name)
+    if several(args) and tree["state"].get("arm") is None:  # all arms begin at that run's end
+        count, before = len(arms(args)), facts["diverged"]
+        tree = jax.tree.map(lambda x: np.concatenate([x] * count), tree)
+        tree["state"]["arm"] = np.asarray(carry["state"].arm)
+        own = {m.name: before[str(m.seed)] for m in members(args) if str(m.seed) in before}
+        facts |= dict(diverged=own, evals=[values * count for values in facts["evals"]])
     step, end = facts["step"], phases[-1].end
     over = not args.resume or (Path(run_dir) / "result.json").exists()
     more = step < end or (step == end and not over)
@@ -2120,12 +2129,14 @@ def read_args(run_dir, argv, default):
     args = tyro.cli(type(default), args=argv, default=type(default)(**known))
     new = several(combine(tyro.cli(type(default), args=argv)))
     text = f"--{', --'.join(new)} had other values in {run_dir}, which cannot change"
-    need(new.items() <= known.items(), f"{text}; start a new run".replace("_", "-"))
+    begins = args.start_from and not (args.resume or args.evaluate)
+    fits = new.items() <= known.items() or (begins and not several(type(default)(**known)))
+    need(fits, f"{text}; start a new run".replace("_", "-"))
     args = dataclasses.replace(args, **new)
     free = {"resume", "evaluate", *FREE}
     free |= set() if known.get("online_steps") else {"offline_steps", *FREE_ALSO}
     free |= {"env_backend", "video", *EVALUATION_FLAGS} if args.evaluate else set()
-    if args.start_from and not (args.resume or args.evaluate):  # networks' sizes: see `restore`
+    if begins:  # networks' sizes: see `restore`
         free = known.keys() - {"offline_steps", "seed", "num_seeds"}
     for name, old in known.items():
         if getattr(args, name) != old and name not in free:

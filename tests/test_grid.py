@@ -162,6 +162,25 @@ def test_start_from_goes_on_with_the_arms(gsflow, grid, tmp_path):
     assert "--online-alpha had other values" in err
 
 
+@pytest.mark.slow
+def test_a_grid_may_begin_at_the_end_of_a_run(gsflow, tmp_path):
+    """One offline phase, then arms of its seeds: each is what that run alone would have become."""
+    launch(gsflow, *BANDIT, "--alpha", 5, "--num-seeds", 2, out_dir=tmp_path / "offline")
+    online = ["--start-from", only_run(tmp_path / "offline"), "--online-steps", 20]
+    for kind, values in (("grid", (1, 30)), ("alone", (30,))):
+        launch(gsflow, *online, "--online-alpha", *values, out_dir=tmp_path / kind)
+    run, alone = (only_run(tmp_path / kind) for kind in ("grid", "alone"))
+    result = json.loads((run / "result.json").read_text())
+    assert list(result["arms"]) == ["online_alpha=1", "online_alpha=30"]
+    grid, alone = (end_of(gsflow, run) for run in (run, alone))
+    assert_close({k: x[2:] for k, x in grid[0].items()}, alone[0])
+    assert [values[2:] for values in grid[1]["evals"]] == alone[1]["evals"]
+    launch(gsflow, "--resume", run, "--online-steps", 30)
+    flags = ["--online-alpha", 1, 30, "--online-steps", 40]
+    _, err = launch(gsflow, "--resume", only_run(tmp_path / "alone"), *flags, code=2)
+    assert "--online-alpha had other values" in err
+
+
 def test_evaluate_lists_the_members(gsflow, grid):
     out, _ = launch(gsflow, "--evaluate", grid[0])
     result = json.loads((grid[0] / "result.json").read_text())
