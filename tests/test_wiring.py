@@ -586,13 +586,14 @@ def test_seeds_begin_at_the_flag(gsflow, monkeypatch):
 
 def test_last_three_evaluations(gsflow, tmp_path):
     """Their mean over the seeds that did not diverge, of more evaluations than three."""
-    run = SimpleNamespace(
+    run = object.__new__(gsflow.Run)
+    vars(run).update(
         evals=[[0.0, 9.0, 0.0], [1.0, 9.0, 3.0], [2.0, 9.0, 4.0], [6.0, 9.0, 5.0]], left=[0, 2],
-        metrics=["success"], seeds=[0, 1, 2], diverged={"1": 2}, step=8, dir=tmp_path,
-        train_seconds=1.0, updates_per_s=1.0,
+        metrics=["success"], members=gsflow.members(gsflow.Args(num_seeds=3)), diverged={"1": 2},
+        step=8, dir=tmp_path, train_seconds=1.0, updates_per_s=1.0,
         facts=dict(dataset_source="own", device="cpu", commit=None),
     )  # fmt: skip
-    gsflow.Run.finish(run, {"success": np.array([[1.0], [0.0], [0.0]])})
+    run.finish({"success": np.array([[1.0], [0.0], [0.0]])})
     result = gsflow.json.loads((tmp_path / "result.json").read_text())
     assert result["eval/success_last_three"] == 3.5 and result["eval/success"] == 0.5
     assert result["seeds"] == [0, 2]
