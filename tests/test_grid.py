@@ -354,3 +354,16 @@ def test_official_environments_of_each_member(gsflow, data_dir, tmp_path):
     launch(gsflow, *flags, "--online-alpha", 30, out_dir=tmp_path / "alone")
     grid, alone = (end_of(gsflow, only_run(tmp_path / kind))[0] for kind in ("grid", "alone"))
     assert_close({k: x[1] for k, x in grid.items()}, {k: x[0] for k, x in alone.items()})
+
+
+@pytest.mark.slow
+def test_benchmark_compares_both_ways(capsys):
+    """Its table: the grid, then its members alone; their parameters agree after a few updates."""
+    module = load_script(ROOT / "benchmark" / "grid.py")
+    args = module.Args(grid=("alpha=1,30",), num_seeds=1, steps=10)
+    module.main(args, ["--env-id", "multi-crescent", *TINY.split()])
+    head, _, _, _, together, alone = capsys.readouterr().out.splitlines()
+    assert "10 updates, alpha=1,30, 1 seeds" in head
+    cells = [[c.strip() for c in row.split("|")[1:-1]] for row in (together, alone)]
+    assert [c[0] for c in cells] == ["2 members in one program", "2 runs one after another"]
+    assert cells[0][2] == "1.00" and float(cells[1][2]) > 0 and 0 <= float(cells[0][-1]) < 1e-4
