@@ -39,12 +39,13 @@ python benchmark/launch.py --algos "no-entropy=gsflow --entropy off" \
     --tasks puzzle-4x4 --seeds 0 1 2 3 4 --out runs/gsflow-tables/entropy "$@" \
     -- --online-steps 1000000
 
-# Not a table of the paper: the sweep of alpha for tasks without a published value.
+# Not a table of the paper: the sweep of alpha for tasks without a published value; the seven alphas
+# of a seed train as one program (--pack).
 python benchmark/launch.py --algos "a3=gsflow --alpha 3" "a10=gsflow --alpha 10" \
     "a30=gsflow --alpha 30" "a50=gsflow --alpha 50" "a100=gsflow --alpha 100" \
     "a300=gsflow --alpha 300" "a1000=gsflow --alpha 1000" --seeds 0 1 2 \
     --tasks antmaze-large antmaze-giant humanoidmaze-medium humanoidmaze-large antsoccer-arena \
-    cube-single scene puzzle-3x3 puzzle-4x4 --out runs/gsflow-tables/alpha "$@"
+    cube-single scene puzzle-3x3 puzzle-4x4 --out runs/gsflow-tables/alpha --pack "$@"
 
 # Figure of the toy: multi-crescent, offline, then online.
 python benchmark/launch.py --algos "$GSFLOW" "$FQL" --tasks multi-crescent --seeds 0 \
