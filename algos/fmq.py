@@ -1264,7 +1264,7 @@ def evaluate_only(args, task):
     """--evaluate: rebuild a run's networks, evaluate its last checkpoint as it did; a table."""
     if args.video:
         record(args.evaluate)
-    tree, facts = load_checkpoint(args.evaluate)
+    tree, facts = load_checkpoint(args.evaluate, replay=False)
     env = make_jax_env(task, args)
     spaces = env or make_host_env(task, args.success_timing)
     obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
@@ -1635,8 +1635,8 @@ class HostLoop:
         self.obs, _ = simulate(self.envs, "reset", seed=seeds)
         # what was under way ends here: no window may join it with what comes
         terminals = replay["rows"]["terminals"]
-        newest = (time - 1 - np.arange(args.num_envs)) % terminals.shape[1]
-        terminals = terminals.at[:, newest].set(1.0)  # before the first row: never read
+        newest = (time - 1 - np.arange(min(time, args.num_envs))) % terminals.shape[1]
+        terminals = terminals.at[:, newest].set(1.0)
         replay = replay | {"rows": replay["rows"] | {"terminals": terminals}}
         return carry | {"replay": replay, "returns": jnp.zeros_like(carry["returns"])}
 
@@ -1716,6 +1716,7 @@ FREE = ("online_steps", "eval_interval", "eval_episodes", "eval_all_modes", "che
 # What a checkpoint knows of its run, as it is at the start
 PROGRESS = dict(step=0, train_seconds=0, log_seconds=0, updates_per_s=0, csv_bytes=0, evals=())
 PROGRESS["diverged"] = {}  # seed (a string): before which step
+PROGRESS["replay_files"] = ()  # of the rows in the ring: first row, the one behind, checksum
 
 
 def purpose_key(seed, purpose, *numbers):
@@ -1790,23 +1791,58 @@ def write_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
+def save_replay(run_dir, replay, files):
+    """Write the rows that are newer than those in `files`, which is all that can have changed, to
+    one more file -> (the replay without its rows, the files of those still in the ring)."""
+    added, capacity = int(replay["added"][0]), replay["rows"]["rewards"].shape[1]
+    oldest = max(0, added - capacity)
+    first = max(oldest, files[-1][1] if files else 0)
+    new = {k: v[:, np.arange(first, added) % capacity] for k, v in replay["rows"].items()}
+    body = flax.serialization.msgpack_serialize(jax.device_get(new))
+    (run_dir / "replay").mkdir(exist_ok=True)
+    write_file(run_dir / "replay" / f"{first}-{added}.msgpack", body)
+    kept = [file for file in files if file[1] > oldest]
+    return replay | {"rows": capacity}, [*kept, (first, added, zlib.crc32(body))]
+
+
+def load_replay(run_dir, replay, files):
+    """Put the rows that `save_replay` wrote where they were in the ring; None where a file is not
+    as it was written."""
+    capacity, rows = replay["rows"], {}
+    for first, end, checksum in files:
+        path = Path(run_dir) / "replay" / f"{first}-{end}.msgpack"
+        body = path.read_bytes() if path.is_file() else b""
+        if zlib.crc32(body) != checksum:
+            return print(f"NOTICE: {path} is damaged; --evaluate can do without", file=sys.stderr)
+        for k, v in flax.serialization.msgpack_restore(body).items():
+            ring = rows.setdefault(k, np.zeros((len(v), capacity, *v.shape[2:]), v.dtype))
+            ring[:, np.arange(first, end) % capacity] = v
+    return replay | {"rows": rows}
+
+
 def save_checkpoint(run_dir, carry, facts, name="checkpoint"):
-    """Everything that training changes, and facts of the run, with a checksum."""
+    """Everything that training changes (of a replay, see `save_replay`), and facts of the run."""
     tree = flax.serialization.to_state_dict(jax.device_get(carry))
     body = flax.serialization.msgpack_serialize({"facts": json.dumps(facts), "carry": tree})
     write_file(run_dir / f"{name}.msgpack", MAGIC + hashlib.sha256(body).digest() + body)
 
 
-def load_checkpoint(run_dir, name="checkpoint"):
-    """Newest intact checkpoint of a run -> (nested dict of arrays, facts)."""
+def load_checkpoint(run_dir, name="checkpoint", replay=True):
+    """Newest intact checkpoint of a run, without the rows of its replay if it is not asked for ->
+    (nested dict of arrays, facts)."""
     newest = Path(run_dir) / f"{name}.msgpack"
     for path in filter(Path.is_file, (newest, newest.with_suffix(".previous"))):
         content = path.read_bytes()
         digest, body = content[len(MAGIC) :][:32], content[len(MAGIC) + 32 :]
-        if content.startswith(MAGIC) and hashlib.sha256(body).digest() == digest:
-            stored = flax.serialization.msgpack_restore(body)
-            return stored["carry"], json.loads(stored["facts"])
-        print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
+        if not content.startswith(MAGIC) or hashlib.sha256(body).digest() != digest:
+            print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
+            continue
+        stored = flax.serialization.msgpack_restore(body)
+        carry, facts = stored["carry"], json.loads(stored["facts"])
+        if not (replay and facts.get("replay_files")):
+            return carry, facts
+        if ring := load_replay(run_dir, carry["replay"], facts["replay_files"]):
+            return carry | {"replay": ring}, facts
     raise UserError(f"no intact {newest.name} in {run_dir}; it got not so far, so start a new run")
 
 
@@ -2027,10 +2063,18 @@ class Run:
 
     def save(self, carry):
         self.saved, self.csv_bytes = self.step, self.csv.tell()
+        before = self.replay_files  # those of the checkpoint that becomes the previous one
+        if "replay" in carry:
+            replay, self.replay_files = save_replay(self.dir, carry["replay"], before)
+            carry = carry | {"replay": replay}
         facts = {k: getattr(self, k) for k in PROGRESS}
         if self.step == self.args.offline_steps and self.args.start_from is not None:
             save_checkpoint(self.dir, carry, facts, "offline")  # stays, for --start-from
         save_checkpoint(self.dir, carry, facts)
+        needed = {f"{first}-{end}.msgpack" for first, end, _ in (*before, *self.replay_files)}
+        for path in self.dir.glob("replay/*"):
+            if path.name not in needed:
+                path.unlink()
 
     def finish(self, results):
         """Write result.json and print the same figures as the last line."""

@@ -324,6 +324,7 @@ def test_empty_metrics_and_what_args_json_keeps(gsflow, shorter, tmp_path):
 def test_damaged_checkpoints_are_noticed(gsflow, reference, tmp_path, capsys):
     path = tmp_path / "checkpoint.msgpack"
     intact = (reference / "checkpoint.msgpack").read_bytes()
+    shutil.copytree(reference / "replay", tmp_path / "replay")
     before, facts = gsflow.load_checkpoint(reference)
     rng = random.Random(0)
     damaged = []
