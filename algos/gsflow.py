@@ -709,6 +709,7 @@ import textwrap
 import traceback
 import urllib.request
 import zlib
+from multiprocessing import forkserver, resource_tracker
 from types import MappingProxyType
 
 from tqdm import tqdm
@@ -1098,6 +1099,7 @@ def make_host_env(task, success_timing):
     gymnasium.logger.min_level = gymnasium.logger.ERROR + 1  # OGBench's spaces set off warnings
     if multiprocessing.parent_process() is not None:  # signals are left to the main process
         os.setpgrp()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if task.source:  # loaded here again: a worker cannot import what the main process loaded
         path, name, dataset_dir = task.source
         return SeededReset(ask(load_file(path).make_task(name, dataset_dir)["make_env"]))
@@ -1121,6 +1123,13 @@ def make_host_envs(task, args, num_envs, autoreset):
     make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
     if num_envs == 1 and autoreset == gymnasium.vector.AutoresetMode.SAME_STEP:
         return InThisProcess([make], autoreset_mode=autoreset)
+    # A closed terminal or timeout(1) signals the whole group: what starts and tracks the simulators
+    # inherits the mask and lives on. Each starts alone, as the second unblocks SIGTERM by itself.
+    group = signal.SIGHUP, signal.SIGTERM
+    for helper in (resource_tracker, forkserver):
+        signal.pthread_sigmask(signal.SIG_BLOCK, group)
+        helper.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, group)
     options = dict(autoreset_mode=autoreset, context="forkserver")  # fork deadlocks JAX's threads
     start = lambda: gymnasium.vector.AsyncVectorEnv([make] * num_envs, **options)
     return ask(start, failing="cannot start the simulators: ")
@@ -1940,7 +1949,8 @@ class Run:
         self.seeds = [args.seed + i for i in range(args.num_seeds)]
         self.left = [i for i, s in enumerate(self.seeds) if str(s) not in self.diverged]
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup(1)
+        for number in (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (not ignored)):
             signal.signal(number, self.stop)
         packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "ogbench", "mujoco")
         git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]

@@ -167,10 +167,27 @@ def test_killed_between_last_checkpoint_and_result(gsflow, reference, tmp_path):
     assert "is complete" in err
 
 
+def test_nohup_is_respected(gsflow, tmp_path, monkeypatch):
+    """What ignores a closed terminal goes on doing so; Ctrl-C and SIGTERM are answered."""
+    answered = []
+    monkeypatch.setattr(gsflow.signal, "signal", lambda number, _: answered.append(number))
+    for handler in (signal.SIG_IGN, signal.SIG_DFL):
+        monkeypatch.setattr(gsflow.signal, "getsignal", lambda _, handler=handler: handler)
+        argv = [*map(str, SHORT), "--out-dir", str(tmp_path)]
+        assert gsflow.command_line(gsflow.main, gsflow.Args, argv) == 0
+    both = [signal.SIGINT, signal.SIGTERM]
+    assert answered == [*both, *both, signal.SIGHUP]
+
+
 @pytest.mark.slow
-def test_ctrl_c_reaches_a_run_with_official_environments(data_dir, tmp_path):
-    """A terminal sends it to the whole group, but only the main process may answer: it needs its
-    simulators for the checkpoint."""
+@pytest.mark.parametrize(
+    "number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_to_the_group_of_a_run_with_official_environments(
+    data_dir, tmp_path, number, code
+):
+    """Ctrl-C, a closed terminal and timeout(1) send it to all processes, but only the main one may
+    answer: it needs its simulators for the checkpoint."""
     flags = [*TINY, "--env-backend", "host", "--offline-steps", 20, "--online-steps", 100_000]
     flags += ["--eval-episodes", 1, "--eval-interval", 20, "--checkpoint-interval", 20]
     flags += ["--dataset-dir", data_dir, "--num-envs", 2]
@@ -178,9 +195,10 @@ def test_ctrl_c_reaches_a_run_with_official_environments(data_dir, tmp_path):
     while len(list(tmp_path.glob("*/checkpoint.*"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = finish(process, 130)
+    os.killpg(process.pid, number)
+    _, err = finish(process, code)
     assert f"--resume {only_run(tmp_path)}" in err and "Traceback" not in err
+    assert "resource_tracker" not in err
 
 
 @pytest.mark.parametrize(
