@@ -1336,7 +1336,9 @@ def load_dataset(task, args):
         need(enough, f"{what}: its longest episode has {longest} rows, too few for --{flag}")
     if hasattr(env, "close"):
         env.close()
-    return {k: np.asarray(data[k], np.float32) for k in RANKS}, source
+    data = {k: np.asarray(data[k], np.float32) for k in RANKS}
+    MEMORY["data"] = sum(x.nbytes for x in data.values())
+    return data, source
 
 
 def ogbench_data(task, directory):
@@ -1684,6 +1686,8 @@ def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm
     num_envs, count, start = args.num_envs, args.num_seeds * args.num_envs, args.offline_steps
     same_step = gymnasium.vector.AutoresetMode.SAME_STEP
     make_envs = functools.cache(lambda: make_host_envs(task, args, count, same_step))
+    MEMORY["replay"] = 4 * args.num_seeds * rows * (2 * sizes[0] + sizes[1] + 3)
+    MEMORY["rows"] = rows
 
     def begin(seed):
         new = dict(replay=make_replay(rows - rows % num_envs, *sizes))
@@ -1726,6 +1730,7 @@ FREE = ("online_steps", "eval_interval", "eval_episodes", "eval_all_modes", "che
 PROGRESS = dict(step=0, train_seconds=0, log_seconds=0, updates_per_s=0, csv_bytes=0, evals=())
 PROGRESS["diverged"] = {}  # seed (a string): before which step
 PROGRESS["replay_files"] = ()  # of the rows in the ring: first row, the one behind, checksum
+MEMORY = {}  # bytes that a run needs, by what for; noted before they are asked for
 
 
 def purpose_key(seed, purpose, *numbers):
@@ -1879,6 +1884,8 @@ def start_states(args, obs_dim, act_dim, mean, std):
     """Fresh states of all seeds on the device(s)."""
     seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
     init = jax.vmap(functools.partial(init_state, args, obs_dim, act_dim), (None, None, 0))
+    sizes = jax.tree.leaves(jax.eval_shape(init, mean, std, seeds))
+    MEMORY["networks"] = sum(x.size * x.dtype.itemsize for x in sizes)
     return place(jax.jit(init)(mean, std, seeds), args.num_seeds)
 
 
@@ -2143,10 +2150,36 @@ def task_table(task, defaults):
     return defaults | TASK_DEFAULTS[family] | own.get("", {}) | own.get(ALGO, {})
 
 
+def memory_limit():
+    """Bytes of a device; of a CPU, the machine's."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def what_fits(args):
+    """Where memory ran out: what the run needs before its updates, and the flag with which that
+    should fit, a fifth being left to them."""
+    names = "data", "replay", "networks"
+    data, replay, networks, rows = (MEMORY.get(name, 0) for name in (*names, "rows"))
+    devices = 1 if args.num_seeds % jax.device_count() else jax.device_count()
+    total, advice = devices * memory_limit(), "lower --num-seeds, --batch-size or network sizes"
+    left = 0.8 * total - devices * data  # each has a copy of it
+    seeds = int(left / max(1, replay + networks) * args.num_seeds) // devices * devices
+    fit = int((left - networks) / max(1, replay) * rows)
+    least = data / max(1, replay) * rows * args.num_seeds  # rows of the data: some rings hold them
+    if 0 < seeds < args.num_seeds:
+        advice = f"--num-seeds {seeds} should fit"
+    elif least < fit < rows:
+        advice = f"--buffer-size {fit} should fit"
+    sizes = [f"{MEMORY[k] / 2**30:.3g} GiB for {k}" for k in names if k in MEMORY]
+    return f"of {total / 2**30:.3g} GiB it needs {', '.join(sizes) or 'more'}; {advice}"
+
+
 def command_line(main, args_type, argv=None):
     """Parse the flags, call `main(args)`; what the user can mend is one sentence, exit code 2."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress too
     Run.dir = None
+    MEMORY.clear()
     try:
         args = tyro.cli(args_type, args=argv)
         need(args.evaluate or not args.video, "--video goes with --evaluate RUN_DIR")
@@ -2165,9 +2198,7 @@ def command_line(main, args_type, argv=None):
     except (jax.errors.JaxRuntimeError, MemoryError) as e:
         if not any(word in str(e) for word in ("RESOURCE_EXHAUSTED", "ut of memory")):
             raise
-        rows = "--batch-size, --buffer-size" if hasattr(args, "buffer_size") else "--batch-size"
-        reason = str(e).splitlines()[0][:150]
-        error, code = f"out of memory; lower --num-seeds, {rows} or network sizes ({reason})", 2
+        error, code = f"out of memory: {what_fits(args)} ({str(e).splitlines()[0][:150]})", 2
     except KeyboardInterrupt:
         error, code = "interrupted before training began; nothing was written", 130
     print(f"error: {error}", file=sys.stderr)

@@ -37,13 +37,20 @@ FLAGS = {  # online, the ring of sac_flow.py's rows wraps; flowq.py has no such 
 CASES = [f"{script}-{kind}" for script in FLAGS for kind in ("jax", "host")]
 
 
+def stamp(directory):
+    """Of the last checkpoint; None between the two moves that put it in its place."""
+    try:
+        return [path.stat().st_mtime_ns for path in directory.glob("*/checkpoint.msgpack")]
+    except FileNotFoundError:
+        return None
+
+
 def train_and_kill(script, flags, directory, kills, rng):
     """Train to the end through at most `kills` SIGKILLs -> (run directory, how many there were)."""
-    stamps = lambda: [p.stat().st_mtime_ns for p in directory.glob("*/checkpoint.msgpack")]
     done, process = 0, start(script, *flags, out_dir=directory)
     while done < kills:
-        seen, limit = stamps(), time.time() + rng.choice((rng.uniform(0, 6), 600))
-        while time.time() < limit and stamps() == seen and process.poll() is None:
+        seen, limit = stamp(directory), time.time() + rng.choice((rng.uniform(0, 6), 600))
+        while time.time() < limit and stamp(directory) == seen and process.poll() is None:
             time.sleep(0.0005)
         time.sleep(rng.choice((0, rng.uniform(0, 0.02), rng.uniform(0, 0.5))))
         if process.poll() is not None:

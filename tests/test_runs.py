@@ -381,6 +381,52 @@ def test_disk_full_leaves_the_checkpoint_before(gsflow, tmp_path, monkeypatch, c
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.msgpack"]
 
 
+def test_out_of_memory_is_said_with_sizes(gsflow, tmp_path, monkeypatch, capsys):
+    """Those of the arrays that are there, each noted before it is asked for."""
+    arrays, resume = {}, gsflow.resume
+
+    def enter_online(carry, phases, args):
+        arrays.update(networks=carry["state"], replay=phases[1].enter(carry)["replay"]["rows"])
+        return resume(carry, phases, args)
+
+    def full(*inputs):
+        raise MemoryError("Out of memory allocating 7 bytes.\n\nMore about it")
+
+    monkeypatch.setattr(gsflow, "resume", enter_online)
+    monkeypatch.setattr(gsflow, "train_loop", full)
+    monkeypatch.setattr(gsflow, "memory_limit", lambda: 2**20)
+    monkeypatch.setattr(gsflow.signal, "signal", lambda *_: None)
+    argv = [*map(str, BOTH_PHASES), "--num-seeds", "3", "--out-dir", str(tmp_path)]
+    assert gsflow.command_line(gsflow.main, gsflow.Args, argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory: of 0.000977 GiB it needs ")
+    assert "(Out of memory allocating 7 bytes.)" in err and err.count("\n") == 1
+    for name, tree in arrays.items():
+        size = sum(x.nbytes for x in jax.tree.leaves(tree))
+        assert gsflow.MEMORY[name] == size and f"{size / 2**30:.3g} GiB for {name}" in err
+
+
+@pytest.mark.parametrize(
+    "seeds,devices,limit,advice",
+    [  # a seed: 40 + 10; the device's fifth is left alone
+        (5, 1, 275, "--num-seeds 4 "),  # 20 + 4 * 50 = 0.8 * 275
+        (5, 1, 274, "--num-seeds 3 "),
+        (8, 2, 275, "lower --num-seeds, "),  # all eight fit
+        (8, 2, 274, "--num-seeds 6 "),
+        (1, 1, 75, "--buffer-size 75 "),  # 20 + 10 + 0.4 * 75 = 0.8 * 75
+        (1, 1, 62, "lower --num-seeds, "),  # no room for as many rows as the data have
+        (4, 1, 1000, "lower --num-seeds, "),  # it is the updates
+    ],
+)
+def test_what_fits(gsflow, monkeypatch, seeds, devices, limit, advice):
+    known = dict(data=20, replay=40 * seeds, networks=10 * seeds, rows=100)
+    monkeypatch.setattr(gsflow, "MEMORY", known)
+    monkeypatch.setattr(gsflow, "memory_limit", lambda: limit)
+    monkeypatch.setattr(gsflow.jax, "device_count", lambda: devices)
+    text = gsflow.what_fits(gsflow.Args(num_seeds=seeds))
+    assert f"; {advice}" in text
+
+
 def test_divergence_stops_with_names_and_the_last_good_step(gsflow, tmp_path):
     flags = [*BANDIT, "--offline-steps", 4000, "--learning-rate", 1e30, "--eval-interval", 4000]
     _, err = launch(gsflow, *flags, out_dir=tmp_path, code=2)
