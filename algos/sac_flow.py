@@ -1836,8 +1836,6 @@ def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm
     num_envs, count, start = args.num_envs, args.num_seeds * args.num_envs, args.offline_steps
     same_step = gymnasium.vector.AutoresetMode.SAME_STEP
     make_envs = functools.cache(lambda: make_host_envs(task, args, count, same_step))
-    MEMORY["replay"] = 4 * args.num_seeds * rows * (2 * sizes[0] + sizes[1] + 3)
-    MEMORY["rows"] = rows
 
     def begin(seed):
         new = dict(replay=make_replay(rows - rows % num_envs, *sizes))
@@ -1860,6 +1858,7 @@ def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm
 
         return Phase(name, start, end, loop, enter, num_envs * play.steps, restart)
 
+    MEMORY.update(rows=rows, row=4 * (2 * sizes[0] + sizes[1] + 3))
     middle, end = start + min(warm_up_steps, args.online_steps), start + args.online_steps
     phases = [("warm-up", start, middle, warm_up), ("online", middle, end, play)]
     return [phase(*parts) for parts in phases if parts[1] < parts[2]]
@@ -1880,7 +1879,7 @@ FREE = ("online_steps", "eval_interval", "eval_episodes", "eval_all_modes", "che
 PROGRESS = dict(step=0, train_seconds=0, log_seconds=0, updates_per_s=0, csv_bytes=0, evals=())
 PROGRESS["diverged"] = {}  # seed (a string): before which step
 PROGRESS["replay_files"] = ()  # of the rows in the ring: first row, the one behind, checksum
-MEMORY = {}  # bytes that a run needs, by what for; noted before they are asked for
+MEMORY = {}  # bytes that this run's parts need, and how many there are, for `what_fits`
 
 
 def purpose_key(seed, purpose, *numbers):
@@ -2034,14 +2033,14 @@ def start_states(args, obs_dim, act_dim, mean, std):
     """Fresh states of all seeds on the device(s)."""
     seeds = jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed
     init = jax.vmap(functools.partial(init_state, args, obs_dim, act_dim), (None, None, 0))
-    sizes = jax.tree.leaves(jax.eval_shape(init, mean, std, seeds))
-    MEMORY["networks"] = sum(x.size * x.dtype.itemsize for x in sizes)
     return place(jax.jit(init)(mean, std, seeds), args.num_seeds)
 
 
 def resume(carry, phases, args):
     """--resume, --start-from: (the carry of that run's last checkpoint, or of the one at the end of
     its offline phase, the checkpoint's facts); else the carry given, none."""
+    leaves = jax.tree.leaves(carry)
+    MEMORY.update(members=len(leaves[0]), networks=sum(x.nbytes for x in leaves))
     run_dir, name = (args.resume, "checkpoint") if args.resume else (args.start_from, "offline")
     if not run_dir:
         return carry, {}
@@ -2309,20 +2308,20 @@ def memory_limit():
 def what_fits(args):
     """Where memory ran out: what the run needs before its updates, and the flag with which that
     should fit, a fifth being left to them."""
-    names = "data", "replay", "networks"
-    data, replay, networks, rows = (MEMORY.get(name, 0) for name in (*names, "rows"))
-    devices = 1 if args.num_seeds % jax.device_count() else jax.device_count()
-    total, advice = devices * memory_limit(), "lower --num-seeds, --batch-size or network sizes"
-    left = 0.8 * total - devices * data  # each has a copy of it
+    data, rows, row, networks = (MEMORY.get(k, 0) for k in ("data", "rows", "row", "networks"))
+    members, advice = MEMORY.get("members", args.num_seeds), "lower --num-seeds, --batch-size"
+    devices = 1 if members % jax.device_count() else jax.device_count()
+    total, replay = devices * memory_limit(), members * rows * row
+    left = 0.8 * total - devices * data  # each device has a copy of it
     seeds = int(left / max(1, replay + networks) * args.num_seeds) // devices * devices
-    fit = int((left - networks) / max(1, replay) * rows)
-    least = data / max(1, replay) * rows * args.num_seeds  # rows of the data: some rings hold them
+    fit = int((left - networks) / max(1, members * row))
     if 0 < seeds < args.num_seeds:
-        advice = f"--num-seeds {seeds} should fit"
-    elif least < fit < rows:
-        advice = f"--buffer-size {fit} should fit"
-    sizes = [f"{MEMORY[k] / 2**30:.3g} GiB for {k}" for k in names if k in MEMORY]
-    return f"of {total / 2**30:.3g} GiB it needs {', '.join(sizes) or 'more'}; {advice}"
+        advice = f"--num-seeds {seeds} should fit; else lower --batch-size"
+    elif data / max(1, row) < fit < rows:  # some scripts' rings have room for the data
+        advice = f"--buffer-size {fit} should fit; else lower --batch-size"
+    sizes = ", ".join(f"{x / 2**30:.3g} GiB for the {name}" for name, x in (
+        ("data", data), ("replay", replay), ("networks", networks)) if x)  # fmt: skip
+    return f"of {total / 2**30:.3g} GiB it needs {sizes or 'more'}; {advice} or network sizes"
 
 
 def command_line(main, args_type, argv=None):
