@@ -1822,8 +1822,9 @@ def save_replay(run_dir, replay, files):
     added, capacity = int(replay["added"][0]), replay["rows"]["rewards"].shape[1]
     oldest = max(0, added - capacity)
     first = max(oldest, files[-1][1] if files else 0)
-    new = {k: v[:, np.arange(first, added) % capacity] for k, v in replay["rows"].items()}
-    body = flax.serialization.msgpack_serialize(jax.device_get(new))
+    at = np.arange(first, added) % capacity
+    new = {k: np.asarray(v[:, at]) for k, v in replay["rows"].items()}  # one by one, for memory
+    body = flax.serialization.msgpack_serialize(new)
     (run_dir / "replay").mkdir(exist_ok=True)
     write_file(run_dir / "replay" / f"{first}-{added}.msgpack", body)
     kept = [file for file in files if file[1] > oldest]
