@@ -30,7 +30,7 @@ NETWORKS = "--hidden-dims 8 8 --critic-hidden-dims 8"
 FLAGS = {  # online, the ring of sac_flow.py's rows wraps; flowq.py has no such phase
     "gsflow": f"{NETWORKS} --prior-hidden-dims 8 --num-candidates 2 --online-steps 100",
     "flowq": f"{NETWORKS} --offline-steps 200",
-    "fmq": f"{NETWORKS} --horizon 2 --online-steps 100",
+    "fmq": "--hidden-dims 8 8 --horizon 2 --learning-starts 20 --online-steps 100",
     "sac_flow": "--hidden-dim 8 --critic-hidden-dims 8 --d-model 8 --online-steps 100"
     " --learning-starts 20 --horizon-length 2 --buffer-size 40",
 }
@@ -73,20 +73,20 @@ def trial(case, kills, directory, rng):
     flags = [*TINY.split(), "--env-backend", kind, "--dataset-dir", directory]
     flags += ["--num-seeds", 1 + (kind == "jax")]
     flags += FLAGS[script].split()
-    reference = directory / f"{case}-whole"
-    finish(start(script, *flags, out_dir=reference))
-    reference, module, done, runs = only_run(reference), load_script(path(script)), 0, 0
-    while done < kills:
-        runs += 1
-        killed = directory / f"{case}-{runs}"
-        killed.mkdir()
-        try:
+    reference, module, done, runs = directory / f"{case}-whole", load_script(path(script)), 0, 0
+    try:
+        finish(start(script, *flags, out_dir=reference))
+        while done < kills:
+            runs += 1
+            killed = directory / f"{case}-{runs}"
+            killed.mkdir()
             run, count = train_and_kill(script, flags, killed, kills - done, rng)
-            assert_same_end(module, run, reference)
-            assert rows_without_time(run) == rows_without_time(reference), "metrics.csv differs"
-        except AssertionError as e:
-            return done, runs, str(e)
-        done += count
+            done += count
+            assert_same_end(module, run, only_run(reference))
+            same = rows_without_time(run) == rows_without_time(only_run(reference))
+            assert same, "metrics.csv differs"
+    except AssertionError as e:
+        return done, runs, str(e)
     return done, runs, None
 
 
