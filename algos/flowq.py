@@ -1646,7 +1646,7 @@ def save_replay(run_dir, replay, files):
     new = {k: np.asarray(v[:, at]) for k, v in replay["rows"].items()}  # one by one, for memory
     body = flax.serialization.msgpack_serialize(new)
     (run_dir / "replay").mkdir(exist_ok=True)
-    write_file(run_dir / "replay" / f"{first}-{added}.msgpack", body)
+    write_file(run_dir / f"replay/{first}-{added}.msgpack", body)
     kept = [file for file in files if file[1] > oldest]
     return replay | {"rows": capacity}, [*kept, (first, added, zlib.crc32(body))]
 
@@ -1656,7 +1656,7 @@ def load_replay(run_dir, replay, files):
     as it was written."""
     capacity, rows = replay["rows"], {}
     for first, end, checksum in files:
-        path = Path(run_dir) / "replay" / f"{first}-{end}.msgpack"
+        path = Path(run_dir) / f"replay/{first}-{end}.msgpack"
         body = path.read_bytes() if path.is_file() else b""
         if zlib.crc32(body) != checksum:
             return print(f"NOTICE: {path} is damaged; --evaluate can do without", file=sys.stderr)
@@ -1920,10 +1920,9 @@ class Run:
         if self.step == self.args.offline_steps and self.args.start_from is not None:
             save_checkpoint(self.dir, carry, facts, "offline")  # stays, for --start-from
         save_checkpoint(self.dir, carry, facts)
-        needed = {f"{first}-{end}.msgpack" for first, end, _ in (*before, *self.replay_files)}
-        for path in self.dir.glob("replay/*"):
-            if path.name not in needed:
-                path.unlink()
+        needed = (self.dir / f"replay/{a}-{b}.msgpack" for a, b, _ in (*before, *self.replay_files))
+        for path in {*self.dir.glob("replay/*")}.difference(needed):
+            path.unlink()
 
     def finish(self, results):
         """Write result.json and print the same figures as the last line."""
