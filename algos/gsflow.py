@@ -712,6 +712,7 @@ import textwrap
 import traceback
 import urllib.request
 import zlib
+from multiprocessing import forkserver, resource_tracker
 from types import MappingProxyType
 
 from tqdm import tqdm
@@ -1101,6 +1102,7 @@ def make_host_env(task, success_timing):
     gymnasium.logger.min_level = gymnasium.logger.ERROR + 1  # OGBench's spaces set off warnings
     if multiprocessing.parent_process() is not None:  # signals are left to the main process
         os.setpgrp()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
     if task.source:  # loaded here again: a worker cannot import what the main process loaded
         path, name, dataset_dir = task.source
         return SeededReset(ask(load_file(path).make_task(name, dataset_dir)["make_env"]))
@@ -1124,6 +1126,13 @@ def make_host_envs(task, args, num_envs, autoreset):
     make = functools.partial(make_host_env, task._replace(parts={}), args.success_timing)
     if num_envs == 1 and autoreset == gymnasium.vector.AutoresetMode.SAME_STEP:
         return InThisProcess([make], autoreset_mode=autoreset)
+    # A closed terminal or timeout(1) signals the whole group: what starts and tracks the simulators
+    # inherits the mask and lives on. Each starts alone, as the second unblocks SIGTERM by itself.
+    group = signal.SIGHUP, signal.SIGTERM
+    for helper in (resource_tracker, forkserver):
+        signal.pthread_sigmask(signal.SIG_BLOCK, group)
+        helper.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, group)
     options = dict(autoreset_mode=autoreset, context="forkserver")  # fork deadlocks JAX's threads
     start = lambda: gymnasium.vector.AsyncVectorEnv([make] * num_envs, **options)
     return ask(start, failing="cannot start the simulators: ")
@@ -1263,7 +1272,7 @@ def evaluate_only(args, task):
     """--evaluate: rebuild a run's networks, evaluate its last checkpoint as it did; a table."""
     if args.video:
         record(args.evaluate)
-    tree, facts = load_checkpoint(args.evaluate)
+    tree, facts = load_checkpoint(args.evaluate, replay=False)
     env = make_jax_env(task, args)
     spaces = env or make_host_env(task, args.success_timing)
     obs_dim, act_dim = spaces.observation_space.shape[0], spaces.action_space.shape[0]
@@ -1328,7 +1337,9 @@ def load_dataset(task, args):
         need(enough, f"{what}: its longest episode has {longest} rows, too few for --{flag}")
     if hasattr(env, "close"):
         env.close()
-    return {k: np.asarray(data[k], np.float32) for k in RANKS}, source
+    data = {k: np.asarray(data[k], np.float32) for k in RANKS}
+    MEMORY["data"] = sum(x.nbytes for x in data.values())
+    return data, source
 
 
 def ogbench_data(task, directory):
@@ -1653,8 +1664,8 @@ class HostLoop:
         self.obs, _ = simulate(self.envs, "reset", seed=seeds)
         # what was under way ends here: no window may join it with what comes
         terminals = replay["rows"]["terminals"]
-        newest = (time - 1 - np.arange(args.num_envs)) % terminals.shape[1]
-        terminals = terminals.at[:, newest].set(1.0)  # before the first row: never read
+        newest = (time - 1 - np.arange(min(time, args.num_envs))) % terminals.shape[1]
+        terminals = terminals.at[:, newest].set(1.0)
         replay = replay | {"rows": replay["rows"] | {"terminals": terminals}}
         return carry | {"replay": replay, "returns": jnp.zeros_like(carry["returns"])}
 
@@ -1715,6 +1726,7 @@ def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm
 
         return Phase(name, start, end, loop, enter, num_envs * play.steps, restart)
 
+    MEMORY.update(rows=rows, row=4 * (2 * sizes[0] + sizes[1] + 3))
     middle, end = start + min(warm_up_steps, args.online_steps), start + args.online_steps
     phases = [("warm-up", start, middle, warm_up), ("online", middle, end, play)]
     return [phase(*parts) for parts in phases if parts[1] < parts[2]]
@@ -1734,6 +1746,8 @@ FREE = ("online_steps", "eval_interval", "eval_episodes", "eval_all_modes", "che
 # What a checkpoint knows of its run, as it is at the start
 PROGRESS = dict(step=0, train_seconds=0, log_seconds=0, updates_per_s=0, csv_bytes=0, evals=())
 PROGRESS["diverged"] = {}  # seed (a string): before which step
+PROGRESS["replay_files"] = ()  # of the rows in the ring: first row, the one behind, checksum
+MEMORY = {}  # bytes that this run's parts need, and how many there are, for `what_fits`
 
 
 def purpose_key(seed, purpose, *numbers):
@@ -1892,23 +1906,59 @@ def write_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
+def save_replay(run_dir, replay, files):
+    """Write the rows that are newer than those in `files`, which is all that can have changed, to
+    one more file -> (the replay without its rows, the files of those still in the ring)."""
+    added, capacity = int(replay["added"][0]), replay["rows"]["rewards"].shape[1]
+    oldest = max(0, added - capacity)
+    first = max(oldest, files[-1][1] if files else 0)
+    at = np.arange(first, added) % capacity
+    new = {k: np.asarray(v[:, at]) for k, v in replay["rows"].items()}  # one by one, for memory
+    body = flax.serialization.msgpack_serialize(new)
+    (run_dir / "replay").mkdir(exist_ok=True)
+    write_file(run_dir / f"replay/{first}-{added}.msgpack", body)
+    kept = [file for file in files if file[1] > oldest]
+    return replay | {"rows": capacity}, [*kept, (first, added, zlib.crc32(body))]
+
+
+def load_replay(run_dir, replay, files):
+    """Put the rows that `save_replay` wrote where they were in the ring; None where a file is not
+    as it was written."""
+    capacity, rows = replay["rows"], {}
+    for first, end, checksum in files:
+        path = Path(run_dir) / f"replay/{first}-{end}.msgpack"
+        body = path.read_bytes() if path.is_file() else b""
+        if zlib.crc32(body) != checksum:
+            return print(f"NOTICE: {path} is damaged; --evaluate can do without", file=sys.stderr)
+        for k, v in flax.serialization.msgpack_restore(body).items():
+            ring = rows.setdefault(k, np.zeros((len(v), capacity, *v.shape[2:]), v.dtype))
+            ring[:, np.arange(first, end) % capacity] = v
+    return replay | {"rows": rows}
+
+
 def save_checkpoint(run_dir, carry, facts, name="checkpoint"):
-    """Everything that training changes, and facts of the run, with a checksum."""
+    """Everything that training changes (of a replay, see `save_replay`), and facts of the run."""
     tree = flax.serialization.to_state_dict(jax.device_get(carry))
     body = flax.serialization.msgpack_serialize({"facts": json.dumps(facts), "carry": tree})
     write_file(run_dir / f"{name}.msgpack", MAGIC + hashlib.sha256(body).digest() + body)
 
 
-def load_checkpoint(run_dir, name="checkpoint"):
-    """Newest intact checkpoint of a run -> (nested dict of arrays, facts)."""
+def load_checkpoint(run_dir, name="checkpoint", replay=True):
+    """Newest intact checkpoint of a run, without the rows of its replay if it is not asked for ->
+    (nested dict of arrays, facts)."""
     newest = Path(run_dir) / f"{name}.msgpack"
     for path in filter(Path.is_file, (newest, newest.with_suffix(".previous"))):
         content = path.read_bytes()
         digest, body = content[len(MAGIC) :][:32], content[len(MAGIC) + 32 :]
-        if content.startswith(MAGIC) and hashlib.sha256(body).digest() == digest:
-            stored = flax.serialization.msgpack_restore(body)
-            return stored["carry"], json.loads(stored["facts"])
-        print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
+        if not content.startswith(MAGIC) or hashlib.sha256(body).digest() != digest:
+            print(f"NOTICE: {path} is damaged; looking for the one before it", file=sys.stderr)
+            continue
+        stored = flax.serialization.msgpack_restore(body)
+        carry, facts = stored["carry"], json.loads(stored["facts"])
+        if not (replay and facts.get("replay_files")):
+            return carry, facts
+        if ring := load_replay(run_dir, carry["replay"], facts["replay_files"]):
+            return carry | {"replay": ring}, facts
     raise UserError(f"no intact {newest.name} in {run_dir}; it got not so far, so start a new run")
 
 
@@ -1953,6 +2003,8 @@ def start_states(args, obs_dim, act_dim, mean, std):
 def resume(carry, phases, args):
     """--resume, --start-from: (the carry of that run's last checkpoint, or of the one at the end of
     its offline phase, the checkpoint's facts); else the carry given, none."""
+    leaves = jax.tree.leaves(carry)
+    MEMORY.update(members=len(leaves[0]), networks=sum(x.nbytes for x in leaves))
     run_dir, name = (args.resume, "checkpoint") if args.resume else (args.start_from, "offline")
     if not run_dir:
         return carry, {}
@@ -2018,7 +2070,8 @@ class Run:
         self.left = [i for i, m in enumerate(self.members) if m.name not in self.diverged]
         self.tags = [m.name if m.arm else f"seed{m.seed}" for m in self.members]
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup(1)
+        for number in (signal.SIGINT, signal.SIGTERM, *[signal.SIGHUP] * (not ignored)):
             signal.signal(number, self.stop)
         packages = ("jax", "jaxlib", "flax", "optax", "numpy", "gymnasium", "ogbench", "mujoco")
         git = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
@@ -2158,10 +2211,17 @@ class Run:
 
     def save(self, carry):
         self.saved, self.csv_bytes = self.step, self.csv.tell()
+        before = self.replay_files  # those of the checkpoint that becomes the previous one
+        if "replay" in carry:
+            replay, self.replay_files = save_replay(self.dir, carry["replay"], before)
+            carry = carry | {"replay": replay}
         facts = {k: getattr(self, k) for k in PROGRESS}
         if self.step == self.args.offline_steps and self.args.start_from is not None:
             save_checkpoint(self.dir, carry, facts, "offline")  # stays, for --start-from
         save_checkpoint(self.dir, carry, facts)
+        needed = (self.dir / f"replay/{a}-{b}.msgpack" for a, b, _ in (*before, *self.replay_files))
+        for path in {*self.dir.glob("replay/*")}.difference(needed):
+            path.unlink()
 
     def left_by_arm(self):
         """{an arm's name: its members that are left}, of the arms that have any."""
@@ -2235,10 +2295,36 @@ def task_table(task, defaults):
     return defaults | TASK_DEFAULTS[family] | own.get("", {}) | own.get(ALGO, {})
 
 
+def memory_limit():
+    """Bytes of a device; of a CPU, the machine's."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def what_fits(args):
+    """Where memory ran out: what the run needs before its updates, and the flag with which that
+    should fit, a fifth being left to them."""
+    data, rows, row, networks = (MEMORY.get(k, 0) for k in ("data", "rows", "row", "networks"))
+    members, advice = MEMORY.get("members", args.num_seeds), "lower --num-seeds, --batch-size"
+    devices = 1 if members % jax.device_count() else jax.device_count()
+    total, replay = devices * memory_limit(), members * rows * row
+    left = 0.8 * total - devices * data  # each device has a copy of it
+    seeds = int(left / max(1, replay + networks) * args.num_seeds) // devices * devices
+    fit = int((left - networks) / max(1, members * row))
+    if 0 < seeds < args.num_seeds:
+        advice = f"--num-seeds {seeds} should fit; else lower --batch-size"
+    elif data / max(1, row) < fit < rows:  # some scripts' rings have room for the data
+        advice = f"--buffer-size {fit} should fit; else lower --batch-size"
+    sizes = ", ".join(f"{x / 2**30:.3g} GiB for the {name}" for name, x in (
+        ("data", data), ("replay", replay), ("networks", networks)) if x)  # fmt: skip
+    return f"of {total / 2**30:.3g} GiB it needs {sizes or 'more'}; {advice} or network sizes"
+
+
 def command_line(main, args_type, argv=None):
     """Parse the flags, call `main(args)`; what the user can mend is one sentence, exit code 2."""
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows progress too
     Run.dir = None
+    MEMORY.clear()
     try:
         args, more = tyro.cli(args_type, args=argv, return_unknown_args=True)
         if more and not more[0].startswith("-"):
@@ -2261,9 +2347,7 @@ def command_line(main, args_type, argv=None):
     except (jax.errors.JaxRuntimeError, MemoryError) as e:
         if not any(word in str(e) for word in ("RESOURCE_EXHAUSTED", "ut of memory")):
             raise
-        rows = "--batch-size, --buffer-size" if hasattr(args, "buffer_size") else "--batch-size"
-        reason = str(e).splitlines()[0][:150]
-        error, code = f"out of memory; lower --num-seeds, {rows} or network sizes ({reason})", 2
+        error, code = f"out of memory: {what_fits(args)} ({str(e).splitlines()[0][:150]})", 2
     except KeyboardInterrupt:
         error, code = "interrupted before training began; nothing was written", 130
     print(f"error: {error}", file=sys.stderr)

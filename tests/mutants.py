@@ -46,7 +46,7 @@ WIRED = "test_wiring::"
 TD, LEARN = WIRED + "test_td_target_and_keys", WIRED + "test_batches_and_keys"
 ACT, PHASES = WIRED + "test_exploring_actions", WIRED + "test_phases_and_stored_rows"
 MODES, EPISODES = WIRED + "test_modes_of_evaluation", WIRED + "test_episodes_of_evaluation"
-LOOP = WIRED + "test_training_loop"
+LOOP, ROWS = WIRED + "test_training_loop", "test_replay::test_saved_rows_are_those_of_the_ring"
 
 MUTANTS = [
     # ---- gsflow.py ----
@@ -232,6 +232,27 @@ MUTANTS = [
     Mutant("rows-behind-a-checkpoint", "runs", "size = min(self.csv.tell(), self.csv_bytes)",
            "size = self.csv.tell()",
            "test_runs::test_more_online_steps_on_resume_equal_a_longer_run"),
+    Mutant("replay-append-position", "runs", "files[-1][1] if files else 0",
+           "files[0][1] if files else 0", f"{ROWS}[False]"),
+    Mutant("replay-wrap-written", "runs", "at = np.arange(first, added) % capacity",
+           "at = np.arange(first, added)", f"{ROWS}[False]"),
+    Mutant("replay-wrap-read", "runs", "ring[:, np.arange(first, end) % capacity] = v",
+           "ring[:, np.arange(end - first)] = v", f"{ROWS}[False]"),
+    Mutant("replay-oldest-file", "runs", "if file[1] > oldest]", "if file[0] >= oldest]",
+           f"{ROWS}[False]"),
+    Mutant("replay-of-the-previous", "runs", "in (*before, *self.replay_files))",
+           "in self.replay_files)", f"{ROWS}[True]"),
+    Mutant("replay-checksum", "runs", "zlib.crc32(body) != checksum", "not body",
+           "test_corruption::test_damage_is_noticed_or_does_no_harm[10-20.msgpack-byte]"),
+    Mutant("replay-not-listed", "runs",
+           "save_checkpoint(self.dir, carry, facts)\n        needed",
+           "save_checkpoint(self.dir, carry, facts | {'replay_files': before})\n        needed",
+           f"{ROWS}[False]"),
+    Mutant("ends-before-the-first-row", "online", "np.arange(min(time, args.num_envs))",
+           "np.arange(args.num_envs)", f"{PHASES}[gsflow-host]"),
+    Mutant("nohup", "runs", "(not ignored)", "1", "test_runs::test_nohup_is_respected"),
+    Mutant("memory-of-each-device", "runs", "0.8 * total - devices * data", "0.8 * total - data",
+           "test_runs::test_what_fits"),
     Mutant("seed-flag", "runs", "jnp.arange(args.num_seeds, dtype=jnp.int32) + args.seed",
            "jnp.arange(args.num_seeds, dtype=jnp.int32)", WIRED + "test_seeds_begin_at_the_flag"),
     Mutant("last-three", "runs", "self.evals[-3:]", "self.evals[:3]",

@@ -1,7 +1,11 @@
 """n-step targets, the online ring and its sampling against plain NumPy bookkeeping."""
 
 import collections
+import errno
 import functools
+import os
+import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -264,3 +268,105 @@ def test_small_buffer_still_holds_the_dataset(gsflow):
         history.step()
         queue.append(step)
         assert set(draw_ids(draw, step, history.replay)) == set(queue)
+
+
+# ---- its files ----
+
+
+class Recorder:
+    """Two seeds' rings of six rows, which `Run.save` writes."""
+
+    def __init__(self, gsflow, directory):
+        self.gsflow, self.rng, self.time = gsflow, np.random.default_rng(0), 0
+        ring = jax.vmap(lambda _: gsflow.make_replay(6, 3, 2))(jnp.arange(2))
+        self.carry = dict(replay=ring)
+        csv, args = SimpleNamespace(tell=lambda: 0), SimpleNamespace(offline_steps=1)
+        self.run = SimpleNamespace(**gsflow.PROGRESS, dir=directory, csv=csv, args=args)
+        self.insert = jax.jit(jax.vmap(gsflow.insert))
+
+    def step(self, times=1):
+        for _ in range(times):
+            new = {k: self.rng.normal(size=(2, 2, *v.shape[2:]))
+                   for k, v in self.carry["replay"]["rows"].items()}  # fmt: skip
+            self.carry = dict(replay=self.insert(self.carry["replay"], new))
+            self.time += 2
+
+    def save(self):
+        self.run.step = self.time
+        self.gsflow.Run.save(self.run, self.carry)
+
+    def load(self):
+        """Go on from the last checkpoint, as --resume does."""
+        carry, facts = self.gsflow.load_checkpoint(self.run.dir)
+        vars(self.run).update(self.gsflow.PROGRESS | facts)
+        self.carry, self.time = jax.tree.map(jnp.asarray, carry), facts["step"]
+
+
+def assert_same_bytes(one, other):
+    one, other = (jax.tree_util.tree_flatten_with_path(jax.device_get(x))[0] for x in (one, other))
+    assert [path for path, _ in one] == [path for path, _ in other]
+    for (path, x), (_, y) in zip(one, other, strict=True):
+        assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), path
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_saved_rows_are_those_of_the_ring(gsflow, tmp_path, resume):
+    """Bit for bit at every fill level and pointer, in the last checkpoint and in the one before;
+    each row is written once, and what neither needs is deleted."""
+    recorder, before, ends = Recorder(gsflow, tmp_path), None, [0]
+    for steps in (1, 1, 1, 1, 2, 3, 1, 4, 9, 1, 0, 2, 1, 1):  # of two rows; the ring has six
+        recorder.step(steps)
+        recorder.save()
+        ends.append(recorder.time)
+        carry, facts = gsflow.load_checkpoint(tmp_path)
+        assert_same_bytes(carry, recorder.carry)
+        first, end, _ = facts["replay_files"][-1]
+        assert (first, end) == (max(ends[-2], ends[-1] - 6, 0), ends[-1])
+        if before:
+            older = shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-{len(ends)}"))
+            (older / "checkpoint.msgpack").unlink()
+            assert_same_bytes(gsflow.load_checkpoint(older)[0], before)
+        files = {tuple(map(int, p.stem.split("-"))) for p in (tmp_path / "replay").iterdir()}
+        assert all(b > ends[-2] - 6 or b == ends[-2] for _, b in files), files
+        before = recorder.carry
+        if resume:
+            recorder.load()
+
+
+@pytest.mark.parametrize("moment", range(6))
+def test_a_crash_at_any_moment_of_a_save(gsflow, tmp_path, monkeypatch, moment):
+    """Stopped at one of its calls by a full disk: what is loaded is the checkpoint before or the
+    new one, whole, and what follows from it is saved as ever."""
+    recorder, calls, stopped = Recorder(gsflow, tmp_path), [], 0
+
+    def fail_at_the_moment(call):
+        def wrapped(*inputs):
+            calls.append(call)
+            if len(calls) == moment + 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return call(*inputs)
+
+        return wrapped
+
+    recorder.step(), recorder.save()
+    for _ in range(3):
+        before = gsflow.load_checkpoint(tmp_path)[0]
+        recorder.step(2)
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "replace"):
+                patch.setattr(os, name, fail_at_the_moment(getattr(os, name)))
+            calls.clear()
+            try:
+                recorder.save()
+            except OSError:
+                stopped += 1
+        assert not [p for p in tmp_path.rglob("*.tmp")]
+        carry, facts = gsflow.load_checkpoint(tmp_path)
+        done = facts["step"] == recorder.time
+        assert_same_bytes(carry, recorder.carry if done else before)
+        (tmp_path / "replay" / "9-99.tmp").touch()  # as SIGKILL leaves them
+        recorder.load()
+        recorder.step(), recorder.save()
+        assert_same_bytes(gsflow.load_checkpoint(tmp_path)[0], recorder.carry)
+        assert len(list((tmp_path / "replay").iterdir())) <= 4
+    assert stopped == 3 * (moment < 5)  # two calls for the rows, three for the checkpoint

@@ -167,10 +167,27 @@ def test_killed_between_last_checkpoint_and_result(gsflow, reference, tmp_path):
     assert "is complete" in err
 
 
+def test_nohup_is_respected(gsflow, tmp_path, monkeypatch):
+    """What ignores a closed terminal goes on doing so; Ctrl-C and SIGTERM are answered."""
+    answered = []
+    monkeypatch.setattr(gsflow.signal, "signal", lambda number, _: answered.append(number))
+    for handler in (signal.SIG_IGN, signal.SIG_DFL):
+        monkeypatch.setattr(gsflow.signal, "getsignal", lambda _, handler=handler: handler)
+        argv = [*map(str, SHORT), "--out-dir", str(tmp_path)]
+        assert gsflow.command_line(gsflow.main, gsflow.Args, argv) == 0
+    both = [signal.SIGINT, signal.SIGTERM]
+    assert answered == [*both, *both, signal.SIGHUP]
+
+
 @pytest.mark.slow
-def test_ctrl_c_reaches_a_run_with_official_environments(data_dir, tmp_path):
-    """A terminal sends it to the whole group, but only the main process may answer: it needs its
-    simulators for the checkpoint."""
+@pytest.mark.parametrize(
+    "number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_to_the_group_of_a_run_with_official_environments(
+    data_dir, tmp_path, number, code
+):
+    """Ctrl-C, a closed terminal and timeout(1) send it to all processes, but only the main one may
+    answer: it needs its simulators for the checkpoint."""
     flags = [*TINY, "--env-backend", "host", "--offline-steps", 20, "--online-steps", 100_000]
     flags += ["--eval-episodes", 1, "--eval-interval", 20, "--checkpoint-interval", 20]
     flags += ["--dataset-dir", data_dir, "--num-envs", 2]
@@ -178,9 +195,10 @@ def test_ctrl_c_reaches_a_run_with_official_environments(data_dir, tmp_path):
     while len(list(tmp_path.glob("*/checkpoint.*"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = finish(process, 130)
+    os.killpg(process.pid, number)
+    _, err = finish(process, code)
     assert f"--resume {only_run(tmp_path)}" in err and "Traceback" not in err
+    assert "resource_tracker" not in err
 
 
 @pytest.mark.parametrize(
@@ -324,6 +342,7 @@ def test_empty_metrics_and_what_args_json_keeps(gsflow, shorter, tmp_path):
 def test_damaged_checkpoints_are_noticed(gsflow, reference, tmp_path, capsys):
     path = tmp_path / "checkpoint.msgpack"
     intact = (reference / "checkpoint.msgpack").read_bytes()
+    shutil.copytree(reference / "replay", tmp_path / "replay")
     before, facts = gsflow.load_checkpoint(reference)
     rng = random.Random(0)
     damaged = []
@@ -360,6 +379,52 @@ def test_disk_full_leaves_the_checkpoint_before(gsflow, tmp_path, monkeypatch, c
     tree, facts = gsflow.load_checkpoint(tmp_path)
     assert facts["step"] == 1 and len(tree["x"]) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.msgpack"]
+
+
+def test_out_of_memory_is_said_with_sizes(gsflow, tmp_path, monkeypatch, capsys):
+    """Those of the arrays that are there, each noted before it is asked for."""
+    arrays, resume = {}, gsflow.resume
+
+    def enter_online(carry, phases, args):
+        arrays.update(networks=carry, replay=phases[1].enter(carry)["replay"]["rows"])
+        return resume(carry, phases, args)
+
+    def full(*inputs):
+        raise MemoryError("Out of memory allocating 7 bytes.\n\nMore about it")
+
+    monkeypatch.setattr(gsflow, "resume", enter_online)
+    monkeypatch.setattr(gsflow, "train_loop", full)
+    monkeypatch.setattr(gsflow, "memory_limit", lambda: 2**20)
+    monkeypatch.setattr(gsflow.signal, "signal", lambda *_: None)
+    argv = [*map(str, BOTH_PHASES), "--num-seeds", "3", "--out-dir", str(tmp_path)]
+    assert gsflow.command_line(gsflow.main, gsflow.Args, argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of memory: of 0.000977 GiB it needs ")
+    assert "(Out of memory allocating 7 bytes.)" in err and err.count("\n") == 1
+    for name, tree in arrays.items():
+        size = sum(x.nbytes for x in jax.tree.leaves(tree))
+        assert f"{size / 2**30:.3g} GiB for the {name}" in err
+
+
+@pytest.mark.parametrize(
+    "seeds,devices,limit,advice",
+    [  # in hundreds: data 20, a seed 40 + 10
+        (5, 1, 275, "--num-seeds 4 should fit"),  # 20 + 4 * 50 = 0.8 * 275
+        (5, 1, 274, "--num-seeds 3 should fit"),
+        (8, 2, 275, "lower --num-seeds, "),  # all eight fit
+        (8, 2, 274, "--num-seeds 6 should fit"),
+        (1, 1, 75, "--buffer-size 75 should fit"),  # 20 + 10 + 0.4 * 75 = 0.8 * 75
+        (1, 1, 62, "lower --num-seeds, "),  # no room for as many rows as the data have
+        (4, 1, 1000, "lower --num-seeds, "),  # it is the updates
+    ],
+)
+def test_what_fits(gsflow, monkeypatch, seeds, devices, limit, advice):
+    known = dict(data=2000, row=40, rows=100, networks=1000 * seeds, members=seeds)
+    monkeypatch.setattr(gsflow, "MEMORY", known)
+    monkeypatch.setattr(gsflow, "memory_limit", lambda: 100 * limit)
+    monkeypatch.setattr(gsflow.jax, "device_count", lambda: devices)
+    text = gsflow.what_fits(gsflow.Args(num_seeds=seeds))
+    assert f"; {advice}" in text
 
 
 def test_divergence_stops_with_names_and_the_last_good_step(gsflow, tmp_path):
