@@ -704,6 +704,7 @@ import importlib.util
 import itertools
 import json
 import multiprocessing
+import resource
 import shlex
 import shutil
 import signal
@@ -2296,16 +2297,19 @@ def task_table(task, defaults):
 
 
 def memory_limit():
-    """Bytes of a device; of a CPU, the machine's."""
+    """Bytes of a device; of a CPU, the machine's, or less by ulimit(1)."""
+    machine, most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), resource.RLIM_INFINITY
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    return limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return limit or (machine if allowed == most else min(machine, allowed))
 
 
 def what_fits(args):
     """Where memory ran out: what the run needs before its updates, and the flag with which that
     should fit, a fifth being left to them."""
     data, rows, row, networks = (MEMORY.get(k, 0) for k in ("data", "rows", "row", "networks"))
-    members, advice = MEMORY.get("members", args.num_seeds), "lower --num-seeds, --batch-size"
+    members = MEMORY.get("members", args.num_seeds)
+    advice = f"lower --num-seeds, {'--buffer-size, ' * (rows > 0)}--batch-size"
     devices = 1 if members % jax.device_count() else jax.device_count()
     total, replay = devices * memory_limit(), members * rows * row
     left = 0.8 * total - devices * data  # each device has a copy of it
