@@ -2449,7 +2449,8 @@ def what_fits(args):
     should fit, a fifth being left to them."""
     data, rows, row, networks = (MEMORY.get(k, 0) for k in ("data", "rows", "row", "networks"))
     members = MEMORY.get("members", args.num_seeds)
-    advice = f"lower --num-seeds, {'--buffer-size, ' * (rows > 0)}--batch-size"
+    advice = "lower " + "the grid's number of values, " * bool(several(args)) + "--num-seeds, "
+    advice += "--buffer-size, " * (rows > 0) + "--batch-size"
     devices = 1 if members % jax.device_count() else jax.device_count()
     total, replay = devices * memory_limit(), members * rows * row
     left = 0.8 * total - devices * data  # each device has a copy of it
