@@ -60,7 +60,9 @@ def train_and_kill(script, flags, directory, kills, rng):
         done += 1
         runs = [path.parent for path in directory.glob("*/checkpoint.[mp]*")]  # or .previous
         again = ["--resume", runs[0]] if runs else flags
-        [shutil.rmtree(path) for path in directory.iterdir() if not runs]
+        if not runs:
+            for path in directory.iterdir():
+                shutil.rmtree(path)
         process = start(script, *again, out_dir=None if runs else directory)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 0 or "is complete" in err, err
