@@ -799,9 +799,13 @@ def maze_of(run):
         raise UserError(f"--plot draws mazes, and {run.task.name} is none: leave it out")
     start_xy = np.array(host.reset(seed=0)[0][:2])
     name = "goal_xy" if host.has_wrapper_attr("goal_xy") else "cur_goal_xy"  # D4RL's, OGBench's
-    fields = dict(start_xy=start_xy, goal_xy=host.get_wrapper_attr(name))
-    fields |= {name: host.get_wrapper_attr(name) for name in ("maze_map", "ij_to_xy")}
-    return SimpleNamespace(**fields)
+    place = host.get_wrapper_attr("ij_to_xy")  # of one cell, the point mazes' of several
+    return SimpleNamespace(
+        maze_map=host.get_wrapper_attr("maze_map"),
+        ij_to_xy=lambda cells: np.array([place(cell) for cell in cells]),
+        start_xy=start_xy,
+        goal_xy=host.get_wrapper_attr(name),
+    )
 
 
 def draw_ways(run, axis, number):

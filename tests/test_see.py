@@ -287,7 +287,13 @@ def test_plot_of_a_walker(gsflow, tmp_path):
 
     run = see.Run(gsflow, task, None, host, policy, args, state, 0, "ant")
     maze = see.maze_of(run)
-    assert np.linalg.norm(maze.start_xy) < 2 and np.linalg.norm(maze.goal_xy) > 10
+    view = see.MazeView(maze, 480)
+    assert view.unit == 4
+    for xy in (maze.start_xy, maze.goal_xy, host.unwrapped.cur_task_info["goal_xy"]):
+        column, row = np.floor((xy - view.low) / view.unit).astype(int)
+        assert maze.maze_map[row, column] == 0  # they lie in the open
+        assert host.unwrapped.xy_to_ij(xy) == (row, column)
+    assert np.linalg.norm(maze.start_xy - maze.goal_xy) > 10
     points = np.array([[0, 0], [4, 8]], np.float32)
     value = see.ask(run, points, 1)[0]
     jax.effects_barrier()
