@@ -512,7 +512,8 @@ def write_markdown(sections, averages, notes, unfinished, args):
             lines += [REACH_TEXT.format(args.steps_to), ""]
         lines += ["  \n".join(section.facts), ""]
         if args.pictures:
-            lines += [f"![learning curves](curves_{section.kind}.png)", ""]
+            if any(len(curve.steps) > 1 for curve in section.curves):
+                lines += [f"![learning curves](curves_{section.kind}.png)", ""]
             if profile_scores(section.groups):
                 lines += [f"![profiles](profile_{section.kind}.png)", ""]
     if averages:
@@ -908,7 +909,8 @@ def main(args):
     page = write_page(sections, averages, notes, unfinished, args, out)
     (out / "report.html").write_text(page, encoding="utf-8")
     for section in sections if args.pictures else ():
-        draw_curves(section, out / f"curves_{section.kind}.png")
+        if any(len(curve.steps) > 1 for curve in section.curves):
+            draw_curves(section, out / f"curves_{section.kind}.png")
         if scores := profile_scores(section.groups):
             draw_profile(scores, out / f"profile_{section.kind}.png")
     print(text + f"\nwritten to {out}")
