@@ -19,9 +19,16 @@ export PYTHONPATH="$CLOCK${PYTHONPATH:+:$PYTHONPATH}"
 # Numbers of updates fixed beforehand: 120 s over the processor time of an update of these settings,
 # all measured in one run by --time, on one core of an AMD EPYC (the fastest 100 updates of 1,000).
 # Compiling and evaluating are not counted.
-declare -A UPDATES=()
+declare -A UPDATES=(
+    [gsflow-cube-single]=6300 [fql-cube-single]=16700 [flowq-cube-single]=14300
+    [bc-cube-single]=14800 [fmq-mvp-cube-single]=6700 [qc-cube-single]=5100
+    [sac_flow-cube-single]=6300
+    [gsflow-antmaze-large]=4500 [fql-antmaze-large]=15000
+    [gsflow-pointmaze-large]=8500 [fql-pointmaze-large]=18500 [flowq-pointmaze-large]=16800
+    [bc-pointmaze-large]=16000
+)
 if [[ " $* " == *" --time "* ]]; then
-    OUT="$OUT-time" SEEDS="900" EVALUATE="--eval-episodes 1 --log-interval 100"
+    UPDATES=() OUT="$OUT-time" SEEDS="900" EVALUATE="--eval-episodes 1 --log-interval 100"
     set -- "${@/--time/}"
 fi
 args=() && for word in "$@"; do [[ $word ]] && args+=("$word"); done
