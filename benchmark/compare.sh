@@ -25,7 +25,8 @@ declare -A UPDATES=(
     [sac_flow-cube-single]=6300
     [gsflow-antmaze-large]=4500 [fql-antmaze-large]=15000
     [gsflow-pointmaze-large]=8500 [fql-pointmaze-large]=18500 [flowq-pointmaze-large]=16800
-    [bc-pointmaze-large]=16000
+    [bc-pointmaze-large]=16000 [fmq-mvp-pointmaze-large]=7400 [qc-pointmaze-large]=5600
+    [sac_flow-pointmaze-large]=6900
 )
 if [[ " $* " == *" --time "* ]]; then
     UPDATES=() OUT="$OUT-time" SEEDS="900" EVALUATE="--eval-episodes 1 --log-interval 100"
