@@ -6,7 +6,7 @@
 #   bash benchmark/compare.sh --time --workers 1      measure the updates' costs instead
 # Needs the data: python benchmark/collect.py antmaze-large; python benchmark/collect.py cube-single
 # --num-transitions 200000. COMPARE_OUT: where the runs go; COMPARE_DATA: where the data are.
-# Then: python benchmark/report.py runs/compare --profile
+# Then: python benchmark/report.py runs/compare
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT="${COMPARE_OUT:-runs/compare}" SEEDS="0 1 2 3 4" EVALUATE="--eval-episodes 50"
@@ -17,13 +17,15 @@ echo "import time; time.perf_counter = time.process_time" > "$CLOCK/sitecustomiz
 export PYTHONPATH="$CLOCK${PYTHONPATH:+:$PYTHONPATH}"
 
 # Numbers of updates fixed beforehand: 120 s over the processor time of an update of these settings,
-# all measured in one run by --time, on one core of an AMD EPYC (the fastest 100 updates of 1,000).
-# Compiling and evaluating are not counted.
+# measured by --time on one core of an AMD EPYC (the fastest 100 updates of 1,000). Compiling and
+# evaluating are not counted.
 declare -A UPDATES=(
     [gsflow-cube-single]=6300 [fql-cube-single]=16700 [flowq-cube-single]=14300
     [bc-cube-single]=14800 [fmq-mvp-cube-single]=6700 [qc-cube-single]=5100
     [sac_flow-cube-single]=6300
-    [gsflow-antmaze-large]=4500 [fql-antmaze-large]=15000
+    [gsflow-antmaze-large]=4500 [fql-antmaze-large]=15000 [flowq-antmaze-large]=14000
+    [bc-antmaze-large]=13900 [fmq-mvp-antmaze-large]=7200 [qc-antmaze-large]=5300
+    [sac_flow-antmaze-large]=6100
     [gsflow-pointmaze-large]=8500 [fql-pointmaze-large]=18500 [flowq-pointmaze-large]=16800
     [bc-pointmaze-large]=16000 [fmq-mvp-pointmaze-large]=7400 [qc-pointmaze-large]=5600
     [sac_flow-pointmaze-large]=6900
