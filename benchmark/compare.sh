@@ -25,7 +25,7 @@ declare -A UPDATES=(
     [sac_flow-cube-single]=6300
     [gsflow-antmaze-large]=4500 [fql-antmaze-large]=15000 [flowq-antmaze-large]=14000
     [bc-antmaze-large]=13900 [fmq-mvp-antmaze-large]=7200 [qc-antmaze-large]=5300
-    [sac_flow-antmaze-large]=6100
+    [sac_flow-antmaze-large]=6200
     [gsflow-pointmaze-large]=8500 [fql-pointmaze-large]=18500 [flowq-pointmaze-large]=16800
     [bc-pointmaze-large]=16000 [fmq-mvp-pointmaze-large]=7400 [qc-pointmaze-large]=5600
     [sac_flow-pointmaze-large]=6900
