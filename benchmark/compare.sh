@@ -5,7 +5,8 @@
 #   bash benchmark/compare.sh --workers 1             run them; --seeds 0 1: these seeds only
 #   bash benchmark/compare.sh --time --workers 1      measure the updates' costs instead
 # Needs the data: python benchmark/collect.py antmaze-large; python benchmark/collect.py cube-single
-# --num-transitions 200000. COMPARE_OUT: where the runs go; COMPARE_DATA: where the data are.
+# --num-transitions 200000. COMPARE_OUT: where the runs go; COMPARE_DATA: where the data are;
+# COMPARE_TASKS: these tasks only.
 # Then: python benchmark/report.py runs/compare
 set -euo pipefail
 cd "$(dirname "$0")/.."
