@@ -15,6 +15,8 @@ the episodes of its final evaluation. Columns:
                     end, so with fewer than 4 scores it is the mean
   95% interval      of the IQM: percentile bootstrap, seeds drawn with replacement within each task
   last three        mean of the last three evaluations, of the headline metric
+  profile           a picture where methods share at least two tasks: the share of scores above
+                    each level, mean over tasks, of the headline metric
   published         somebody else's number and where it stands: never part of any figure of ours
 
 Runs are one method if they share the script, the launcher's label and every argument but the seed,
@@ -29,6 +31,7 @@ import csv
 import dataclasses
 import functools
 import html
+import itertools
 import json
 import math
 import os
@@ -162,13 +165,26 @@ def bootstrap_interval(tasks, resamples, seed=0, level=0.95):
 
     Stratified: each resample draws, within each task, as many seeds as it has, with replacement.
     """
-    rng = np.random.default_rng(seed)
-    draws = [rng.integers(len(s), size=(resamples, len(s))) for s in tasks]
-    pooled = np.concatenate([s[i] for s, i in zip(map(np.asarray, tasks), draws, strict=True)], 1)
+    pooled = np.concatenate(resample(tasks, resamples, seed), axis=1)
     pooled.sort(axis=1)
     cut = pooled.shape[1] // 4
     means = pooled[:, cut : pooled.shape[1] - cut].mean(axis=1)
     return np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+
+
+def resample(tasks, resamples, seed=0):
+    """Bootstrap of the seeds within each task: list of (n,) -> list of (resamples, n)."""
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(len(s), size=(resamples, len(s))) for s in tasks]
+    return [s[i] for s, i in zip(map(np.asarray, tasks), draws, strict=True)]
+
+
+def performance_profile(tasks, levels):
+    """Share of scores above each level, mean over tasks: list of (..., n) -> (..., levels).
+
+    Agarwal et al., Deep RL at the Edge of the Statistical Precipice, arXiv 2108.13264, section 4.2.
+    """
+    return np.mean([(np.asarray(s)[..., None] > levels).mean(axis=-2) for s in tasks], axis=0)
 
 
 # ---- reading ----
@@ -503,7 +519,10 @@ def write_markdown(sections, averages, notes, unfinished, args):
             lines += [REACH_TEXT.format(args.steps_to), ""]
         lines += ["  \n".join(section.facts), ""]
         if args.pictures:
-            lines += [f"![learning curves](curves_{section.kind}.png)", ""]
+            if any(len(curve.steps) > 1 for curve in section.curves):
+                lines += [f"![learning curves](curves_{section.kind}.png)", ""]
+            if profile_scores(section.groups):
+                lines += [f"![profiles](profile_{section.kind}.png)", ""]
     if averages:
         lines += ["## Averages that others published (not ours)", ""]
         lines += [*markdown_table(AVERAGES_HEADER, averages), ""]
@@ -536,6 +555,40 @@ def draw_curves(section, path):
         row[0].set(title=task, ylabel=group_metric(section.groups, task), xlabel="step")
         row[1].set(title="the same by wall-clock", xlabel="training seconds")
         row[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+LEVELS = np.linspace(0, 1, 101)  # of success, in profiles
+
+
+def profile_scores(groups):
+    """{name: scores of each task, list of (seeds,)} of the methods that have a success on every
+    task; empty with fewer than two tasks, or methods."""
+    tasks, found = sorted({g.task for g in groups}), collections.defaultdict(dict)
+    for group in groups:
+        if (metric := group.modes()[0]).startswith("success"):
+            found[f"{group.label} {metric[8:]}".strip()][group.task] = group.scores()[metric]
+    full = {k: [v[t] for t in tasks] for k, v in found.items() if len(v) == len(tasks)}
+    return full if len(tasks) > 1 and len(full) > 1 else {}
+
+
+def draw_profile(scores, path):
+    """Profiles of all methods with 95% bands of the stratified bootstrap."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4))
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for color, (name, tasks) in zip(itertools.cycle(COLORS), scores.items(), strict=False):
+        label = f"{name} ({sum(map(len, tasks))} scores)"
+        axis.step(LEVELS, performance_profile(tasks, LEVELS), where="post", c=color, label=label)
+        draws = performance_profile(resample(tasks, 1_000), LEVELS)
+        band = np.quantile(draws, [0.025, 0.975], axis=0)
+        axis.fill_between(LEVELS, *band, step="post", color=color, alpha=0.1, lw=0)
+    axis.set(xlabel="success", ylabel="share of seeds with more, mean over tasks", ylim=(0, 1.02))
+    axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 
@@ -865,7 +918,10 @@ def main(args):
     page = write_page(sections, averages, notes, unfinished, args, out)
     (out / "report.html").write_text(page, encoding="utf-8")
     for section in sections if args.pictures else ():
-        draw_curves(section, out / f"curves_{section.kind}.png")
+        if any(len(curve.steps) > 1 for curve in section.curves):
+            draw_curves(section, out / f"curves_{section.kind}.png")
+        if scores := profile_scores(section.groups):
+            draw_profile(scores, out / f"profile_{section.kind}.png")
     print(text + f"\nwritten to {out}")
     return 0
 

@@ -69,6 +69,15 @@ def test_interval_repeats():
     assert first[0] < report.interquartile_mean(scores[0]) < first[1]
 
 
+def test_profile_by_hand():
+    tasks = [np.array([0.0, 1.0]), np.array([0.5, 0.5, 0.5])]
+    profile = report.performance_profile(tasks, np.array([0.0, 0.5, 0.75, 1.0]))
+    np.testing.assert_allclose(profile, [(0.5 + 1) / 2, 0.5 / 2, 0.5 / 2, 0])
+    draws = report.performance_profile(report.resample(tasks, 7), report.LEVELS)
+    assert draws.shape == (7, len(report.LEVELS))
+    assert (draws[:, 0] >= 0.5).all()  # the second task's seeds agree: they always count
+
+
 # ---- tables ----
 def make_run(root, name, seeds, scores, source="official", label=None, finished=True, **settings):
     """A run directory; `scores` maps metrics to one score (of 4 episodes) per seed."""
@@ -183,6 +192,22 @@ def test_pooled_tasks(tmp_path):
         make_run(tmp_path, f"t{i}", [0, 1, 2, 3], score, task=task, **FMQ)
     row = cells(render(tmp_path), "fmq", "success_best_of_n", "8")
     assert row == ["fmq", "success_best_of_n", "2", "8", "0.38", "0.38 [0.38, 0.38]"]
+
+
+def test_profile_is_of_methods_on_all_tasks(tmp_path):
+    tasks = [f"cube-double-play-singletask-task{i}-v0" for i in (1, 2)]
+    for name, label, task in (
+        ("a", "x", tasks[0]), ("b", "x", tasks[1]), ("c", "y", tasks[0]), ("d", "z", tasks[0]),
+    ):  # fmt: skip
+        make_run(tmp_path, name, [0, 1], {"success_n1": [0.5, 1.0]}, label=label, task=task)
+    assert "profile_" not in render(tmp_path)  # x alone is on both
+    make_run(tmp_path, "e", [0], {"success_n1": [0.25]}, label="y", task=tasks[1])
+    assert "(profile_official.png)" in render(tmp_path)
+    assert (tmp_path / "report" / "profile_official.png").stat().st_size > 5_000
+    groups = report.group_runs(report.read_runs([tmp_path]))["official"]
+    scores = report.profile_scores(groups)
+    assert list(scores) == ["x n1", "y n1"]  # z is on one
+    assert [list(s) for s in scores["y n1"]] == [[0.5, 1.0], [0.25]]
 
 
 def test_published_number_stands_only_where_it_belongs(tmp_path):
