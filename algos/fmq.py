@@ -110,7 +110,7 @@ class Args:
     """task: an OGBench single-task id, a short name (antmaze-giant, cube-double-task4), a Gymnasium
     id (with --dataset), or FILE.py:NAME, a task file"""
     seed: int = 0  # first seed
-    num_seeds: int = 1  # seeds (seed, seed+1, ...), of a grid of each arm, in one vmapped program
+    num_seeds: int = 1  # seeds (seed, seed+1, ...) in one vmapped program; of a grid: of each arm
     out_dir: str = "runs"  # directory in which the run directory is created
     evaluate: str | None = None  # run directory: evaluate its last checkpoint, train nothing
     video: bool = False  # with --evaluate: also record episodes (see benchmark/see.py)

@@ -104,7 +104,7 @@ class Args:
     mode: Literal["online", "offline-to-online"] | None = None
     """from scratch, or from a dataset and then online (default for tasks with data)"""
     seed: int = 0  # first seed
-    num_seeds: int = 1  # seeds (seed, seed+1, ...), of a grid of each arm, in one vmapped program
+    num_seeds: int = 1  # seeds (seed, seed+1, ...) in one vmapped program; of a grid: of each arm
     out_dir: str = "runs"  # directory in which the run directory is created
     evaluate: str | None = None  # run directory: evaluate its checkpoint, train nothing
     video: bool = False  # with --evaluate: also record episodes (see benchmark/see.py)
