@@ -465,6 +465,7 @@ def fails_and_goes_on(tmp_path, messages, *flags):
     assert json.loads((run / "result.json").read_text())["steps"] >= 80
 
 
+@pytest.mark.slow
 def test_simulator_that_raises(tmp_path):
     fails_and_goes_on(tmp_path, ["Broken in ", "arm.py:19: the arm fell off"])
 

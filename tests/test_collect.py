@@ -361,6 +361,7 @@ def test_describe_counts_by_hand(tmp_path, capsys):
     assert "25.000%" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_describe_agrees_with_ogbench(collected):
     for dataset in (CUBE, "scene-noisy-v0"):
         path = collected[dataset][0] / f"{dataset}.collected.npz"

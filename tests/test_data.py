@@ -138,6 +138,7 @@ def test_names_resolve_to_official_environments(gsflow):
         default.close()
 
 
+@pytest.mark.slow
 def test_training_on_collected_data_learns(gsflow, collected):
     """After 400 small updates the teacher's action fits the held-out state it is given better than
     that of another state; an untrained one cannot tell states apart."""

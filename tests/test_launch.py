@@ -794,6 +794,7 @@ def launcher_calls(script, tmp_path, *words):
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", ["gsflow", "flowq", "fmq", "sac_flow"])
 def test_table_scripts(stem, tmp_path, capsys, monkeypatch):
     script = ROOT / "benchmark" / f"{stem}.sh"

@@ -129,6 +129,7 @@ def test_a_vmapped_seed_equals_its_single_run(gsflow, together, tmp_path):
         assert a.ndim == 1 or np.all(a == 0) or not np.array_equal(a[0], a[1])
 
 
+@pytest.mark.slow
 def test_seeds_spread_over_devices_give_the_same(gsflow, together, tmp_path):
     two_devices = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     finish(start("gsflow", *SHORT, "--num-seeds", 2, out_dir=tmp_path, env=two_devices))

@@ -491,6 +491,7 @@ def test_jacobian_of_one_step(sac, policy):
     np.testing.assert_allclose(jacobians(dead)[0], 0.7516733 * jnp.eye(3), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_growth_with_large_kernels(sac):
     """Every kernel times 4 at Hopper's shapes: the naive flow's gradient grows from the last step
     to the first, Flow-G's and Flow-T's do not. At the start none of them grows."""

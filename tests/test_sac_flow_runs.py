@@ -72,6 +72,7 @@ def test_tasks_with_data_are_offline_to_online(sac):
     assert sac.resolve(own, hopper).mode == "offline-to-online"
 
 
+@pytest.mark.slow
 def test_tasks_with_data_from_scratch(sac, monkeypatch, tmp_path):
     """--mode online: the settings of scratch, single actions, and no data is looked for."""
     cube = sac.Args(env_id="cube-double", mode="online", sparse=True)
@@ -306,6 +307,7 @@ def test_no_update_before_the_first_rows(sac, counting_envs, monkeypatch, delay)
     np.testing.assert_array_equal(carry["sums"]["train/empty"], [[0, 60 - block]])
 
 
+@pytest.mark.slow
 def test_a_block_equals_step_after_step(sac):
     """One environment, delay 3: three steps and then a group of updates do the same as 'step,
     update the critic' three times and the actor, written out in Python."""

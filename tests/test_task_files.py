@@ -46,7 +46,11 @@ def example(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# What these compile takes most of their time: one script quickly, the others where all is run.
+QUICK_ONE = [s if s == "flowq" else pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS]
+
+
+@pytest.mark.parametrize("script", QUICK_ONE)
 def test_readme_example_runs(script, example, tmp_path):
     module = load_script(ROOT / "algos" / f"{script}.py")
     launch(module, "--env-id", f"{example}:reach", *flags_of(script), out_dir=tmp_path)
@@ -60,7 +64,7 @@ def test_readme_example_runs(script, example, tmp_path):
 
 
 @pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", QUICK_ONE)
 def test_script_alone_in_an_empty_folder(script, process, tmp_path, monkeypatch):
     """Help, a run, its continuation and its evaluation need nothing of the repository."""
     monkeypatch.chdir(tmp_path)
