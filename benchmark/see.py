@@ -81,6 +81,10 @@ class Run(NamedTuple):
     step: int
     title: str
 
+    @property
+    def act_dim(self):
+        return (self.env or self.host).action_space.shape[0]
+
 
 @functools.cache
 def load_script(path):
@@ -694,7 +698,7 @@ def look_of(run):
     """How to ask the script's method; a script of another name has to be added here."""
     script, args, state = run.script, run.args, run.state
     jax, jnp = script.jax, script.jnp
-    size = (run.env or run.host).action_space.shape[0]
+    size = run.act_dim
     nets, params = script.make_networks(args, size), state.params
     seen = lambda obs: (obs - state.obs_mean) / state.obs_std
     noise = lambda key, *shape: jax.random.normal(key, shape)
@@ -740,8 +744,7 @@ def look_of(run):
 def ask(run, points, samples, with_draws=False):
     """At each of the points (M, 2): the critics' value of the policy's actions (M,), the actions
     (M, samples, A), and if asked for noises and the flow's actions, the first of each chunk."""
-    jax, look = run.script.jax, look_of(run)
-    size = (run.env or run.host).action_space.shape[0]
+    jax, look, size = run.script.jax, look_of(run), run.act_dim
 
     def at(inputs):
         obs, keys = inputs[0], jax.random.split(inputs[1], samples)
