@@ -141,6 +141,7 @@ def test_import_is_light():
     assert loaded.stdout.strip() == b"set()", loaded.stderr
 
 
+@pytest.mark.slow
 def test_worker_count_does_not_matter(collected):
     for dataset, (one, two) in collected.items():
         for suffix in ("", "-val"):
@@ -189,6 +190,7 @@ def test_format(collected):
     np.testing.assert_array_equal(ant["observations"], np.hstack([ant["qpos"], ant["qvel"]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dataset", ["antmaze-medium-explore-v0", "cube-double-play-v0", "scene-noisy-v0"]
 )
@@ -242,7 +244,9 @@ def group_members(group: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("how", ["terminal", "terminate", "kill"])
+@pytest.mark.parametrize(
+    "how", ["terminal", "terminate", pytest.param("kill", marks=pytest.mark.slow)]
+)
 def test_interrupted(how, tmp_path):
     """Ctrl-C (to the whole group), SIGTERM and SIGKILL leave no file and no process behind."""
     arguments = command(CUBE, "--dataset-dir", tmp_path, "--workers", 2)
@@ -303,6 +307,7 @@ def test_full_disk(tmp_path, monkeypatch, capsys):
             assert all((tmp_path / name).read_bytes() == b"old" for name in old)
 
 
+@pytest.mark.slow
 def test_file_size_limit(tmp_path):
     """The same with a real refusal by the kernel."""
 

@@ -125,6 +125,7 @@ def test_both_checkpoints_damaged(gsflow, finished, tmp_path, capsys):
     assert err.count("NOTICE") == 2 and err.splitlines()[-1].startswith("error: no intact")
 
 
+@pytest.mark.slow
 def test_resume_after_damage_goes_on(gsflow, finished, tmp_path):
     """From the checkpoint before, whose steps are repeated, with an empty table of metrics."""
     run = shutil.copytree(finished, tmp_path / "run")

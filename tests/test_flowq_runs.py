@@ -37,6 +37,7 @@ def references(flowq, data_dir, tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_leaves_what_it_should(references, name):
     run = references[name]
@@ -94,6 +95,7 @@ def test_a_vmapped_seed_equals_its_single_run(flowq, references, data_dir, tmp_p
     assert kernels and all(not np.array_equal(a[0], a[1]) for a in kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_evaluate_repeats_the_final_evaluation(flowq, references, capsys, name):
     assert flowq.command_line(flowq.main, flowq.Args, ["--evaluate", str(references[name])]) == 0
@@ -106,6 +108,7 @@ def test_evaluate_repeats_the_final_evaluation(flowq, references, capsys, name):
             assert out.splitlines()[first + i].split() == [str(i), *expected]
 
 
+@pytest.mark.slow
 def test_evaluate_with_other_steps_and_candidates(flowq, references):
     """The ablation of K on one checkpoint: from the same noise other steps lead elsewhere."""
     run, returns = references["toy"], {}

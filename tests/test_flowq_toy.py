@@ -231,7 +231,8 @@ TABLE = {  # upper mass, shift, W1 at lambda = 1 and 2
 }
 
 
-@pytest.mark.parametrize("lam", [1.0, pytest.param(2.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lam", [1.0, 2.0])
 @pytest.mark.parametrize("arm", TABLE, ids=str)
 def test_two_modes(flowq, toy, arm, lam):
     p = two_modes(toy)
@@ -472,6 +473,7 @@ def test_reward_of_the_observation(flowq, critic):
     check_values(learn_probe(flowq, critic, probe(lambda s, a: s, lambda s: 0.0), 600), OBS)
 
 
+@pytest.mark.slow
 @critics
 @pytest.mark.parametrize("n_step", [1, 2])
 def test_two_step_chain(flowq, critic, n_step):

@@ -69,6 +69,7 @@ def test_one_jump_draws_from_the_data(fmq, kind):  # L1
 # ---- the step of FMQ ----
 
 
+@pytest.mark.slow
 def test_guided_step_is_learned(fmq):  # L2
     """Q = 3 a_1 + 4 a_2: u - u_off at r = 0 becomes (0.6, 0.8)."""
     args = make_args(fmq, horizon=1, beta=0.0, eta=1.0)
@@ -169,6 +170,7 @@ def test_reward_of_the_observation(fmq):
     check_values(fmq, states, GAMMA * OBS[:, 0])
 
 
+@pytest.mark.slow
 def test_time_limits_bootstrap(fmq):
     """Reward 1 every second step for ever: Q = 0.8 + 0.64 Q = 2.22; ended by success: 0.8."""
     states = learn_probe(fmq, probe(lambda s, a: 1.0, 1, 1), 1_500)

@@ -40,6 +40,7 @@ def reference(fmq, data_dir, tmp_path_factory):
     return only_run(directory)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_should(fmq, reference):
     result = json.loads((reference / "result.json").read_text())
     for mode in MODES:
@@ -103,6 +104,7 @@ def test_a_vmapped_seed_equals_its_single_run(fmq, reference, data_dir, tmp_path
     assert any(not np.allclose(a[0], a[1]) for a in actor(fmq, reference))
 
 
+@pytest.mark.slow
 def test_evaluate_with_several_jumps(fmq, reference):
     """The ablation of the number of jumps on one checkpoint: other chunks from the same noise."""
     lengths = {}
@@ -115,6 +117,7 @@ def test_evaluate_with_several_jumps(fmq, reference):
     assert set(lengths["3"]) == set(lengths["1"])
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_final_evaluation(fmq, reference):
     out, _ = launch(fmq, "--evaluate", reference)
     result = json.loads((reference / "result.json").read_text())

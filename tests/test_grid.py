@@ -142,6 +142,7 @@ def test_a_member_equals_its_single_run(gsflow, grid, tmp_path):
     assert_close(member, {k: x[0] for k, x in ends[1].items()})
 
 
+@pytest.mark.slow
 def test_a_resumed_grid_ends_the_same(gsflow, grid, tmp_path):
     launch(gsflow, *BANDIT, *GRID, out_dir=tmp_path)
     run = only_run(tmp_path)
@@ -153,6 +154,7 @@ def test_a_resumed_grid_ends_the_same(gsflow, grid, tmp_path):
         assert f"{flags[0]} " in err and "cannot change" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_start_from_goes_on_with_the_arms(gsflow, grid, tmp_path):
     flags = ["--start-from", grid[0], "--online-alpha", 7, "--online-steps", 20]
     launch(gsflow, *flags, out_dir=tmp_path)

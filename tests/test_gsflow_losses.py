@@ -697,9 +697,8 @@ def float64_run(gsflow, args, obs_dim=2, act_dim=2):
     return data, carry, settings, nets
 
 
-@pytest.mark.parametrize(
-    "flags", [pytest.param({}, id="gsflow", marks=pytest.mark.slow), pytest.param(FQL, id="fql")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [pytest.param({}, id="gsflow"), pytest.param(FQL, id="fql")])
 def test_one_dispatch_of_many_updates_equals_single_updates(gsflow, flags):
     """20 updates of 3 seeds in one program against calls one by one, and seed by seed."""
     with jax.enable_x64(True):

@@ -19,7 +19,7 @@ UNKNOWN_LOOPS = 1
 # Conditionals, of which the host reads the predicate too. Updates have none; on a JAX environment
 # "has an episode ended?", and with chunks of actions "is a new one due?".
 BRANCHES = {"GSFlow online, maze": 1, "FMQ online, maze": 2, "SAC Flow online, pendulum": 1}
-QUICK = ("GSFlow", "FQL", "FlowQ", "FMQ offline")
+QUICK = ("FQL", "FlowQ")
 SLOW = pytest.mark.slow
 
 

@@ -488,6 +488,7 @@ def test_sharing_is_refused(launch, tmp_path, words, says):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["algos"]
 
 
+@pytest.mark.slow
 def test_slurm_element_is_an_offline_phase_with_its_runs(launch, tmp_path):
     """Their numbers stay when elements have finished, and a finished one ends at once."""
     file, seeds = tmp_path / "jobs.sh", ("--seeds", 0, 1)

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.optimised
 FQL = ["--prior", "gaussian", "--student", "deterministic"]
 
 
+@pytest.mark.slow
 def test_untrained_policy_fails(gsflow):
     task = gsflow.parse_task("pointmaze-medium")
     args = gsflow.fill(gsflow.resolve(gsflow.Args(), task), target_entropy=-1.0)

@@ -182,6 +182,7 @@ def test_humanoid_matches_with_its_own_solver():
     np.testing.assert_array_equal(single[3], terminated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gym_id", [*LOCOMOTION, "HumanoidStandup-v5", MAZE])
 def test_reset_distribution(gym_id):
     env, reference = make_env(gym_id), official(gym_id)

@@ -114,6 +114,7 @@ def test_reward_of_the_observation(gsflow, method):
     check_values(gsflow, method, states, OBS, ACTIONS, OBS)
 
 
+@pytest.mark.slow
 @methods
 @pytest.mark.parametrize("n_step", [1, 2])
 def test_two_step_chain(gsflow, method, n_step):
@@ -162,6 +163,7 @@ def test_reward_of_both(gsflow, method):
 # ---- the Q-guided prior alone ----
 
 
+@pytest.mark.slow
 def test_prior_alone(gsflow):
     """With a score of raw noise, decoded noise gathers around the best point (0.5, 0)."""
     _, args = resolved(gsflow, 2, prior_hidden_dims=(64,))

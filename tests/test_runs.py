@@ -67,7 +67,8 @@ def kill_and_resume(flags, directory, kills, rng):
     return done
 
 
-@pytest.mark.parametrize("backend", ["jax", pytest.param("host", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "host"])
 def test_killed_and_resumed_equals_uninterrupted(gsflow, reference, data_dir, tmp_path, backend):
     """The last checkpoint (parameters, replay, environments) and all metrics are the same bytes.
 
@@ -122,6 +123,7 @@ def parameters(gsflow, directory):
     return jax.tree.leaves(jax.tree.map(np.asarray, tree["state"]["params"]))
 
 
+@pytest.mark.slow
 def test_a_vmapped_seed_equals_its_single_run(gsflow, together, tmp_path):
     launch(gsflow, *SHORT, "--seed", 1, out_dir=tmp_path)
     for a, b in zip(together, parameters(gsflow, tmp_path), strict=True):
@@ -242,6 +244,7 @@ def test_more_online_steps_on_resume_equal_a_longer_run(gsflow, reference, short
     assert_same_tree(load(reference)[0], load(run)[0])
 
 
+@pytest.mark.slow
 def test_start_from_equals_one_go(gsflow, reference, tmp_path):
     """Offline alone, then a new run from its end: the bytes of both phases at once, and the rows of
     its phase. The old run stays as it was."""
@@ -284,6 +287,7 @@ def test_start_from_is_refused(gsflow, reference, tmp_path, capsys, flags, messa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_seed_that_diverges_leaves_the_others_alone(gsflow, tmp_path, capsys, monkeypatch):
     """It is named once, its metrics are empty from there on, and results are the others'."""
     make_update = gsflow.make_update
@@ -590,6 +594,7 @@ def test_flags_that_do_not_fit_a_run(gsflow, reference, capsys, flags, message):
     assert sorted(path.name for path in reference.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_resume_on_other_data_is_refused(gsflow, tmp_path):
     """The dataset's checksum is part of a run; the same file, or nothing."""
     path = tmp_path / "pointmaze-medium-navigate-v0.npz"

@@ -222,8 +222,13 @@ def counting_envs(sac, monkeypatch):
     monkeypatch.setattr(sac, "make_host_envs", make_async)
 
 
-@pytest.mark.parametrize("backend", ["jax", "host"])
-@pytest.mark.parametrize("num_envs", [1, 4])
+SLOW = dict(marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "backend, num_envs",
+    [("jax", 1), ("host", 4), pytest.param("jax", 4, **SLOW), pytest.param("host", 1, **SLOW)],
+)
 def test_ends_of_episodes(sac, counting_envs, backend, num_envs):
     """What both loops store, and which returns they report."""
     flags = dict(num_envs=num_envs, learning_starts=8, online_steps=120, action_scale=1.0)
@@ -268,6 +273,7 @@ def test_steps_are_rounded_up(sac, num_envs):
     assert 0 <= steps - 1_000_000 < block and (steps - first) % block == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("utd,stride,updates", [(1.0, 3, 60), (0.25, 12, 15)])
 def test_rounded_phases_are_played(sac, utd, stride, updates):
     """42 steps without updates instead of 40, then 60 instead of 58; the replay holds them all."""
@@ -570,7 +576,8 @@ class Bandit(FunctionalCounter):
         return 1 - (action[0] - 0.5) ** 2
 
 
-@pytest.mark.parametrize("policy", ["flow-g", pytest.param("flow-t", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["flow-g", "flow-t"])
 def test_bandit_is_learned(sac, policy):
     """Through both online phases; the actions of two untrained seeds lie elsewhere."""
     args = make_args(

@@ -145,6 +145,7 @@ def test_bandit_shows_each_action(toy_run):
 SMALL = "--episodes 2 --max-steps 10 --every 4 --size 96 --gif-size 48"  # frames at 0, 4, 8, 10
 
 
+@pytest.mark.slow
 def test_mp4_and_gif_have_each_frame(maze_run, tmp_path, capsys):
     pytest.importorskip("imageio_ffmpeg")
     import imageio.v3
@@ -160,6 +161,7 @@ def test_mp4_and_gif_have_each_frame(maze_run, tmp_path, capsys):
     assert "2 episodes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runs_stand_side_by_side(maze_run, pendulum_run, tmp_path):
     out = tmp_path / "new" / "both.gif"
     flags = ["--out", str(out), *SMALL.split()]
@@ -249,7 +251,10 @@ def untrained(name):
     return see.Run(script, task, env, None, policy, args, state, 0, name)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+QUICK_ONE = [s if s == "gsflow" else pytest.param(s, marks=pytest.mark.slow) for s in SCRIPTS]
+
+
+@pytest.mark.parametrize("name", QUICK_ONE)
 def test_every_method_is_asked(name):
     run = untrained(name)
     points = np.array([[0, 0], [4, 8], [20, 20]], np.float32)

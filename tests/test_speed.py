@@ -36,6 +36,7 @@ def test_operation_count(name):
     assert case.flops(one) / 1e9 == pytest.approx(GFLOP[name], rel=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GFLOP)
 def test_adapter_fits_its_script(name):
     """Traced, not run: both ways to update give a state of the same shapes, every policy acts."""
