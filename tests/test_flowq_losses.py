@@ -1,7 +1,7 @@
 """FlowQ's losses, guidance and sampler against independent calculations."""
 
-import functools
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
