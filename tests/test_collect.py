@@ -150,6 +150,7 @@ def test_worker_count_does_not_matter(collected):
         assert sorted(os.listdir(one)) == [f"{dataset}.collected{s}.npz" for s in ("-val", "")]
 
 
+@pytest.mark.slow
 def test_format(collected):
     """The arrays of the files, and what OGBench's own loader makes of them."""
     dims = {"antmaze-large-navigate-v0": (29, 8, 15, 14), CUBE: (28, 5, 21, 20)}
@@ -366,6 +367,7 @@ def test_describe_counts_by_hand(tmp_path, capsys):
     assert "25.000%" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_describe_agrees_with_ogbench(collected):
     for dataset in (CUBE, "scene-noisy-v0"):

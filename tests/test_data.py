@@ -12,7 +12,7 @@ import ogbench
 import pytest
 from conftest import ROOT
 
-NUM_TRANSITIONS = 4_000
+NUM_TRANSITIONS = 2_000
 
 
 def flags(gsflow, directory, **others):

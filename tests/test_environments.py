@@ -11,6 +11,7 @@ import pytest
 from ogbench.utils import load_dataset
 
 MAZE_NAMES = ("medium", "large", "giant")
+QUICK_ONE = ("medium", *(pytest.param(m, marks=pytest.mark.slow) for m in MAZE_NAMES[1:]))
 CELL, RADIUS = 4.0, 0.7
 
 
@@ -44,7 +45,7 @@ def wall_distance(maze_map, xy):
 # ---- the maze itself ----
 
 
-@pytest.mark.parametrize("maze", MAZE_NAMES)
+@pytest.mark.parametrize("maze", QUICK_ONE)
 @pytest.mark.parametrize("seed, tolerance", [(1, 1e-8), (5, 0.0)])
 def test_physics_matches_mujoco(gsflow, maze, seed, tolerance):
     """MuJoCo as shipped (solver tolerance 1e-8), and with a solver that always runs to the end.

@@ -542,6 +542,7 @@ def traced(fn, *inputs):
     return str(jax.make_jaxpr(fn)(*inputs))
 
 
+@pytest.mark.slow
 def test_policy_update_does_not_depend_on_flow_steps(flowq):
     """The traced program of a policy update is the same text for K = 1 and 50; that of the td
     critic's is not; under iql the whole update's is."""

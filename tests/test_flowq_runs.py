@@ -195,6 +195,7 @@ def test_flags_that_do_not_parse(flowq, tmp_path, capsys, monkeypatch, flags):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_flags_that_do_not_fit_a_run(flowq, references, capsys):
     for name, flags, message in (
         ("maze", "--guidance-lambda 1", "--guidance-lambda was 100.0"),

@@ -497,6 +497,7 @@ def test_endless_reward(flowq, critic):
     check_values(states, 5.0, 0.3)
 
 
+@pytest.mark.slow
 @critics
 def test_reward_of_both(flowq, critic):
     """Best action s / 2: the guided policy moves there, the data's mean is 0."""

@@ -91,6 +91,7 @@ def test_killed_and_resumed_equals_uninterrupted(gsflow, reference, data_dir, tm
     assert rows_without_time(run) == rows_without_time(reference)
 
 
+@pytest.mark.slow
 def test_evaluation_and_logging_do_not_touch_training(gsflow, reference, tmp_path):
     flags = [*BOTH_PHASES, "--num-seeds", 2, "--eval-interval", 10]
     launch(gsflow, *flags, out_dir=tmp_path)

@@ -179,6 +179,7 @@ def test_side_by_side_waits_for_the_longest():
     assert frames[2].getpixel((5, 5)) == (255, 0, 0) and frames[2].getpixel((27, 5)) == (0, 0, 255)
 
 
+@pytest.mark.slow
 def test_follow_ends_with_the_run(maze_run, tmp_path):
     out = tmp_path / "video.gif"
     assert see.main_of([str(maze_run), "--follow", "--out", str(out), *SMALL.split()]) == 0

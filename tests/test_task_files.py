@@ -63,8 +63,9 @@ def test_readme_example_runs(script, example, tmp_path):
     assert f"{example}:reach" in out + (run / "args.json").read_text()
 
 
-@pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("script", QUICK_ONE)
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [False, True])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_script_alone_in_an_empty_folder(script, process, tmp_path, monkeypatch):
     """Help, a run, its continuation and its evaluation need nothing of the repository."""
     monkeypatch.chdir(tmp_path)
