@@ -134,6 +134,7 @@ class Args:
     batch_size: int = 256  # rows per gradient step
     learning_rate: Values | None = None  # Adam's step size for all networks
     tau: Values | None = None  # target critic: fraction of the new critic in each step
+    ema_decay: float = 0.0  # averaged networks, which act and distil: share kept (papers: 0)
     gamma: float | None = None  # discount
     n_step: int | None = None  # n-step TD targets, to success or episode end (papers: 1)
     hidden_dims: tuple[int, ...] | None = None  # widths of all nets that the next two leave open
@@ -443,6 +444,7 @@ class TrainState:
     params: Any
     target_critic: Any
     opt_state: Any
+    ema: Any  # averages of params, which act; empty without --ema-decay
     obs_mean: jax.Array
     obs_std: jax.Array
     seed: jax.Array
@@ -477,7 +479,8 @@ def init_state(args, obs_dim, act_dim, obs_mean, obs_std, seed):
     """Fresh state of one seed."""
     params = init_params(args, obs_dim, act_dim, purpose_key(seed, "init"))
     rest = dict(obs_mean=obs_mean, obs_std=obs_std, seed=seed, step=jnp.zeros((), jnp.int32))
-    return TrainState(params, params["critic"], optimizer(args).init(params), **rest)
+    ema = params if args.ema_decay else {}
+    return TrainState(params, params["critic"], optimizer(args).init(params), ema, **rest)
 
 
 DRAWS = ("td_prior", "td_action", "flow_noise", "flow_time", "student_prior", "student_action")
@@ -497,13 +500,13 @@ def make_update(nets, args):
     def update(state, batch, key, settings):
         keys = dict(zip(DRAWS, jax.random.split(key, len(DRAWS)), strict=True))
         params, obs, next_obs = state.params, batch["obs"], batch["next_obs"]
-        shape = batch["actions"].shape
+        actor, shape = state.ema or params, batch["actions"].shape
         entropy = 1.0 if args.entropy == "tuned" else settings.entropy
 
         # TD target: current student and decoder, target critic
-        x_next = sample_prior(params, nets, next_obs, keys["td_prior"])
+        x_next = sample_prior(actor, nets, next_obs, keys["td_prior"])
         next_action, next_log_prob = sample_action(
-            params, nets, next_obs, x_next, settings.td_temperature, keys["td_action"]
+            actor, nets, next_obs, x_next, settings.td_temperature, keys["td_action"]
         )
         next_q = aggregate(nets.critic(state.target_critic, next_obs, next_action), args.q_agg)
         if args.soft_backup:
@@ -511,14 +514,14 @@ def make_update(nets, args):
         target = batch["returns"] + batch["discounts"] * next_q
 
         # Teacher's actions for the student's noise and for the candidates: one chain of Euler steps
-        x = sample_prior(params, nets, obs, keys["student_prior"])
+        x = sample_prior(actor, nets, obs, keys["student_prior"])
         if nets.decoder is None:
-            teacher_action = flow_endpoint(params, nets, obs, x, args.flow_steps)
+            teacher_action = flow_endpoint(actor, nets, obs, x, args.flow_steps)
         else:
             candidates = jax.random.normal(keys["candidates"], (args.num_candidates, *shape))
             noises = jnp.concatenate([x[None], candidates])
             stacked_obs = jnp.broadcast_to(obs, (*noises.shape[:2], obs.shape[-1]))
-            actions = flow_endpoint(params, nets, stacked_obs, noises, args.flow_steps)
+            actions = flow_endpoint(actor, nets, stacked_obs, noises, args.flow_steps)
             teacher_action, how = actions[0], args.candidate_q_agg
             x_adv = select_noise(params, nets, obs, candidates, actions[1:], how)
 
@@ -542,7 +545,8 @@ def make_update(nets, args):
         updates, opt_state = optimizer(args).update(grads, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         target_critic = optax.incremental_update(params["critic"], state.target_critic, args.tau)
-        changes = dict(params=params, target_critic=target_critic, opt_state=opt_state)
+        ema = state.ema and optax.incremental_update(params, state.ema, 1 - args.ema_decay)
+        changes = dict(params=params, target_critic=target_critic, opt_state=opt_state, ema=ema)
         return state.replace(**changes, step=state.step + 1), info
 
     return update
@@ -553,9 +557,9 @@ def make_policy(nets):
 
     def policy(state, obs, key, temperature):
         prior_key, action_key = jax.random.split(key)
-        obs = (obs - state.obs_mean) / state.obs_std
-        x = sample_prior(state.params, nets, obs, prior_key)
-        return sample_action(state.params, nets, obs, x, temperature, action_key)[0]
+        obs, params = (obs - state.obs_mean) / state.obs_std, state.ema or state.params
+        x = sample_prior(params, nets, obs, prior_key)
+        return sample_action(params, nets, obs, x, temperature, action_key)[0]
 
     return policy
 
@@ -568,7 +572,8 @@ def make_teacher(nets, args):
         obs = jnp.broadcast_to((obs - state.obs_mean) / state.obs_std, (1, len(obs)))
         noises = jax.random.normal(key, (args.num_candidates, 1, nets.act_dim))
         stacked = jnp.broadcast_to(obs, (len(noises), *obs.shape))
-        actions = flow_endpoint(state.params, nets, stacked, noises, args.flow_steps)
+        actor = state.ema or state.params
+        actions = flow_endpoint(actor, nets, stacked, noises, args.flow_steps)
         return select_noise(state.params, nets, obs, actions, actions, args.candidate_q_agg)[0]
 
     return policy
@@ -2395,6 +2400,7 @@ def resolve(args, task):
         (args.online_steps % args.num_envs, "--online-steps must be a multiple of --num-envs"),
         (args.log_std_min > args.log_std_max, "--log-std-min must not exceed --log-std-max"),
         (args.init_temperature <= 0, "--init-temperature must be above 0"),
+        (not args.ema_decay < 1, "--ema-decay must be below 1"),
         (args.entropy != "tuned" and args.student == "deterministic",
          "--entropy is of the Gaussian student, but --student is deterministic; drop one"),
         (args.soft_backup and not soft, "--soft-backup needs the Gaussian student and TD "

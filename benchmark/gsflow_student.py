@@ -35,11 +35,11 @@ def make_policies(script, nets, args):
         def act(state, obs, key):
             prior_key, action_key = jax.random.split(key)
             obs = jnp.broadcast_to((obs - state.obs_mean) / state.obs_std, (count, len(obs)))
-            x = script.sample_prior(state.params, prior, obs, prior_key)
-            actions = actor(state.params, obs, x, action_key)[:, None]
-            return script.select_noise(
-                state.params, nets, obs[:1], actions, actions, args.candidate_q_agg
-            )[0]
+            params = state.ema or state.params
+            x = script.sample_prior(params, prior, obs, prior_key)
+            actions = actor(params, obs, x, action_key)[:, None]
+            how = args.candidate_q_agg
+            return script.select_noise(state.params, nets, obs[:1], actions, actions, how)[0]
 
         return act
 

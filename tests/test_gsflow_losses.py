@@ -679,6 +679,35 @@ def test_target_critic_follows_the_new_critic(gsflow):
     np.testing.assert_allclose(jax.tree.leaves(steps), args.learning_rate, rtol=1e-2)
 
 
+def test_averaged_networks_act_distil_and_make_targets(gsflow):
+    """With --ema-decay, and without: there nothing but the parameters themselves."""
+    args = small_args(gsflow, ema_decay=0.9)
+    nets, state = gsflow.make_networks(args, 2), make_state(gsflow, args, 3, 2)
+    inputs = (random_batch(3, 2, 16), jax.random.key(0), make_settings(gsflow, args))
+    update = jit_update(gsflow, nets, args)
+    after, info = update(state, *inputs)
+    old, new, ema = jax.device_get((state.ema, after.params, after.ema))
+    jax.tree.map(lambda old, new, x: close(x, 0.9 * old + 0.1 * new, atol=1e-7), old, new, ema)
+    assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, old, ema)))
+
+    # other averages: what they make changes, and nothing else
+    others = state.replace(ema=random_params(state.ema, 1))
+    _, other_info = update(others, *inputs)
+    for name in ("td_target", "distill_loss"):
+        assert abs(info[name] - other_info[name]) > 1e-4, name
+    for name in ("flow_loss", "q"):
+        assert info[name] == other_info[name], name
+    policy, teacher = gsflow.make_policy(nets), gsflow.make_teacher(nets, args)
+    obs, key = jnp.asarray([0.4, -0.7, 2.0]), jax.random.key(1)
+    of_averages = others.replace(params=others.ema | {"critic": others.params["critic"]}, ema={})
+    for act in map(jax.jit, (functools.partial(policy, temperature=0.0), teacher)):
+        close(act(others, obs, key), act(of_averages, obs, key))
+        assert np.abs(act(others, obs, key) - act(state, obs, key)).max() > 1e-4
+
+    plain = jax.eval_shape(lambda: make_state(gsflow, small_args(gsflow), 3, 2))
+    assert plain.ema == jax.eval_shape(gsflow.make_update(nets, args), plain, *inputs)[0].ema == {}
+
+
 def float64_run(gsflow, args, obs_dim=2, act_dim=2):
     """(data, carry of all seeds, settings, networks) in float64."""
     rng, size = np.random.default_rng(0), 40
