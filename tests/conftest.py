@@ -13,9 +13,6 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # processes share a GPU
-# XLA's older emitters compile these small programs in half the time; what they compile is a tenth
-# slower. Read by the processes that tests start, too.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 import jax  # reads these variables
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "algos").glob("*.py"))
@@ -34,6 +31,15 @@ def load_script(path):
     # Worker processes cannot import it. Outside the `if`: benchmark/launch.py may have loaded it.
     cloudpickle.register_pickle_by_value(sys.modules[name])
     return sys.modules[name]
+
+
+def pytest_configure(config):
+    """XLA's older emitters compile these small programs in half the time (what they compile is a
+    tenth slower). The quick part uses them, in the processes it starts too; where everything is
+    run, the compiler is the users'."""
+    if config.getoption("markexpr") == "not slow":
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures, which compile too

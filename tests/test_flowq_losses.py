@@ -1,7 +1,6 @@
 """FlowQ's losses, guidance and sampler against independent calculations."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -384,10 +383,7 @@ def flow_matching(params, state, batch, eps, t, settings, nets, args):
 
 @pytest.mark.slow
 def test_lambda_zero_is_flow_matching_bit_for_bit(flowq, monkeypatch):
-    """The same policy for two critics, and for a program that has no guidance in it. XLA's older
-    emitters, which the tests use, round the two programs differently."""
-    usual = functools.partial(jax.jit, compiler_options=dict(xla_cpu_use_fusion_emitters=True))
-    monkeypatch.setattr(jax, "jit", usual)
+    """The same policy for two critics, and for a program that has no guidance in it."""
     states = [policies_after(flowq, *case) for case in ((0.0, 1), (0.0, 2), (1.0, 1))]
     with monkeypatch.context() as patch:
         patch.setattr(flowq, "policy_loss", flow_matching)
