@@ -102,11 +102,20 @@ def print_distances(script, run_dir, rows=512, draws=16):
 
 
 def main(argv):
+    """Both tables; returns the exit code."""
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__)
+        return 0
     script = load_script()
-    print_distances(script, argv[0])
+    try:
+        script.need(argv and argv[0][:1] != "-", "give the directory of a run of gsflow.py first")
+        print_distances(script, argv[0])
+    except script.UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     script.evaluation_policies = lambda nets, args: make_policies(script, nets, args)
-    script.command_line(script.main, script.Args, ["--evaluate", *argv])
+    return script.command_line(script.main, script.Args, ["--evaluate", *argv])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

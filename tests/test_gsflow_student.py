@@ -20,7 +20,7 @@ def test_a_run_taken_apart(gsflow, data_dir, tmp_path, capsys):
     launch(gsflow, *flags, out_dir=tmp_path)
     run = only_run(tmp_path)
     capsys.readouterr()
-    student.main([str(run), "--eval-episodes", "1"])
+    assert student.main([str(run), "--eval-episodes", "1"]) == 0
     out = capsys.readouterr().out
     rows = re.findall(r"^\| (normal|prior) \| (\w+) \| (.*) \|$", out, re.M)
     assert [row[:2] for row in rows] == [("normal", "teacher"), ("normal", "student")]
@@ -55,3 +55,11 @@ def test_ways_differ_in_what_they_are_named_for(gsflow):
     np.testing.assert_allclose(act["normal_student_best"], best, atol=1e-6)
     one = np.clip(np.asarray(jax.random.normal(noise_key, (1, 2)))[0] + 0.4, -1, 1)
     np.testing.assert_allclose(act["normal_teacher_one"], one, atol=1e-6)
+
+
+def test_bad_runs(tmp_path, capsys):
+    for argv in ([], ["--eval-episodes", "3"], [str(tmp_path)]):
+        assert student.main(argv) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1
+    assert student.main(["--help"]) == 0 and "best of N" in capsys.readouterr().out
