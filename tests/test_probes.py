@@ -146,6 +146,7 @@ def test_reward_of_the_action(gsflow, method):
     assert np.abs(before.mean(-1) - 0.5).max() > 0.3
 
 
+@pytest.mark.slow
 @methods
 def test_reward_of_both(gsflow, method):
     """Best action s / 2, and a second step whose value is that of the best action."""

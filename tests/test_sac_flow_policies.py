@@ -390,6 +390,7 @@ def test_constant_features_have_a_gradient(sac, calls):
     assert np.isfinite(jax.grad(loss)(jnp.ones((4, 1)))).all()
 
 
+@pytest.mark.slow
 def test_calls_are_counted_as_the_method_makes_them(sac):
     """Per actor update: flow-g's input norm and flow-t's block norms K times, the others once."""
     expected = {"flow-g": {"norm": 4}, "mlp": {"norm": 4}}

@@ -201,7 +201,7 @@ def test_task_file_draws_itself(toy_run, tmp_path):
 
 
 # ---- what is shown is what was measured ----
-@pytest.mark.parametrize("name", ["toy_run", "pendulum_run"])
+@pytest.mark.parametrize("name", ["toy_run", pytest.param("pendulum_run", marks=pytest.mark.slow)])
 def test_episodes_are_those_of_the_evaluation(name, request):
     directory = request.getfixturevalue(name)
     measured = json.loads((directory / "result.json").read_text())["episodes"]
