@@ -206,7 +206,12 @@ def test_a_signal_to_the_group_of_a_run_with_official_environments(
 
 
 @pytest.mark.parametrize(
-    "number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    "number,code",
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
 )
 def test_interrupt_saves_and_says_how_to_resume(gsflow, tmp_path, number, code):
     flags = [*BANDIT, "--offline-steps", 10_000_000, "--eval-interval", 10_000_000]
