@@ -25,12 +25,12 @@ export PYTHONPATH="$CLOCK${PYTHONPATH:+:$PYTHONPATH}"
 # compiling and evaluating are not counted), then the one setting that was tuned, with the values
 # tried on seed 100 with half the updates; the table has the first.
 declare -A METHODS=(
-    [gsflow-cube-single]="30000 --alpha 300 100 1000"
-    [fql-cube-single]="50000 --alpha 300 100 1000"
-    [flowq-cube-single]="50000 --guidance-lambda 10 3 30"
-    [bc-cube-single]="50000 --eval-candidates 4 8 16"
-    [fmq-mvp-cube-single]="30000 --horizon 5 3 1"
-    [qc-cube-single]="25000 --horizon 5 3 1"
+    [gsflow-cube-single]="25000 --alpha 300 100 1000"
+    [fql-cube-single]="55000 --alpha 300 100 1000"
+    [flowq-cube-single]="55000 --guidance-lambda 10 3 30"
+    [bc-cube-single]="55000 --eval-candidates 4 8 16"
+    [fmq-mvp-cube-single]="35000 --horizon 5 3 1"
+    [qc-cube-single]="27000 --horizon 5 3 1"
     [sac_flow-cube-single]="23000 --beta 100 30 300"
     [gsflow-antmaze-large]="22000 --alpha 30 10 100"
     [fql-antmaze-large]="50000 --alpha 30 10 100"
@@ -39,13 +39,13 @@ declare -A METHODS=(
     [fmq-mvp-antmaze-large]="30000 --horizon 3 5 10"
     [qc-antmaze-large]="25000 --horizon 3 5 10"
     [sac_flow-antmaze-large]="23000 --beta 10 3 30"
-    [gsflow-pointmaze-large]="31000 --alpha 3 1 10"
-    [fql-pointmaze-large]="57000 --alpha 3 1 10"
-    [flowq-pointmaze-large]="50000 --guidance-lambda 100 30 300"
-    [bc-pointmaze-large]="50000 --eval-candidates 4 8 16"
-    [fmq-mvp-pointmaze-large]="34000 --horizon 5 3 10"
+    [gsflow-pointmaze-large]="32000 --alpha 3 1 10"
+    [fql-pointmaze-large]="60000 --alpha 3 1 10"
+    [flowq-pointmaze-large]="60000 --guidance-lambda 100 30 300"
+    [bc-pointmaze-large]="60000 --eval-candidates 4 8 16"
+    [fmq-mvp-pointmaze-large]="38000 --horizon 5 3 10"
     [qc-pointmaze-large]="27000 --horizon 5 3 10"
-    [sac_flow-pointmaze-large]="23000 --beta 10 3 30"
+    [sac_flow-pointmaze-large]="25000 --beta 10 3 30"
 )
 case $MODE in
     time) OUT="$OUT-time" SEEDS=900 EVALUATE="--eval-episodes 1 --log-interval 100" ;;
