@@ -407,8 +407,7 @@ def prior_loss(params, nets, args, batch, x_adv, latent_noise):
 
 
 def student_loss(params, nets, args, batch, x, teacher_action, alpha, key, entropy=1.0):
-    """Distillation to the teacher, up the critic, entropy (`entropy` 0: without); one noise x for
-    all three."""
+    """Distil the teacher, climb the critic, keep entropy (`entropy` 0: without); one noise x."""
     frozen = jax.lax.stop_gradient(params)
     obs = batch["obs"]
     mu, log_std = nets.student(params["student"], obs, x)
@@ -421,6 +420,8 @@ def student_loss(params, nets, args, batch, x, teacher_action, alpha, key, entro
         distill = jnp.mean((jnp.tanh(mu) - teacher_action) ** 2)  # the mode, not the sample
         entropy_term = entropy * jnp.exp(frozen["log_temperature"]) * log_prob.mean()
         info = {"entropy": -log_prob.mean(), "student_std": jnp.exp(log_std).mean()}
+        clipped = (log_std <= args.log_std_min) | (log_std >= args.log_std_max)  # no gradient there
+        info["std_clipped"] = clipped.mean()
     q = nets.critic(frozen["critic"], obs, jnp.clip(action, -1, 1))
     q_term = -q.mean()  # always the mean of both critics
     if args.normalize_q_loss:

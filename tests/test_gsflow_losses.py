@@ -333,6 +333,11 @@ def test_gsflow_student_loss_values(gsflow, monkeypatch):
         )
         params = dict(student=None, critic=None, log_temperature=jnp.zeros(()))
         inputs = ({"obs": jnp.zeros((4, 1))}, jnp.zeros((4, 1)), jnp.full((4, 1), 0.2), 10.0)
+        column = nets._replace(
+            student=lambda p, obs, x: (x, jnp.float32([[-2], [-1], [-0.1], [0]]))
+        )
+        info = gsflow.student_loss(params, column, args, *inputs, jax.random.key(0))[1]
+        close(info["std_clipped"], 0.5)  # at -2 and 0, not between
         loss, info = gsflow.student_loss(params, nets, args, *inputs, jax.random.key(0))
         close(info["distill_loss"], 0.0687054)
         close(-info["student_q"], -0.9242343)
