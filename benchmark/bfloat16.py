@@ -17,10 +17,10 @@ import dataclasses
 import sys
 from unittest import mock
 
+import gsflow_student
 import jax
 import jax.numpy as jnp
 import numpy as np
-import see
 import tyro
 
 COLUMNS = "form", "bfloat16 in", "N", "same choice", "value lost", "value gained", "equal best"
@@ -83,33 +83,22 @@ def compare(script, nets, args, actor, critic, obs, noises):
             yield dict(zip(COLUMNS, (*row, of(best) - exact.mean(), top.mean()), strict=True))
 
 
-def load(run_dir):
-    """The run, through the functions of its script, and its dataset."""
-    run = see.open_run(run_dir, see.Args((run_dir,)))
-    if run.script.ALGO != "gsflow":
-        raise see.UserError(f"{run_dir} is a run of {run.script.ALGO}.py, not of gsflow.py")
-    try:
-        return run, run.script.load_dataset(run.task, run.args)[0]
-    except run.script.UserError as e:
-        raise see.UserError(str(e)) from e
-
-
-def main(args):
+def main(bench):
     """Print the table; returns the exit code."""
+    script = gsflow_student.load_script()
     try:
-        run, data = load(args.run_dir)
-    except see.UserError as e:
+        args, nets, state, data = gsflow_student.load(script, bench.run_dir)
+    except script.UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    state, observations = run.state, data["observations"]
-    index = np.random.default_rng(0).permutation(len(observations))[: args.states]
+    observations = data["observations"]
+    index = np.random.default_rng(0).permutation(len(observations))[: bench.states]
     obs = (observations[index] - state.obs_mean) / state.obs_std
-    nets = run.script.make_networks(run.args, run.act_dim)
     print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
-    for count in args.candidates:
-        noises = jax.random.normal(jax.random.key(0), (count, len(obs), run.act_dim))
+    for count in bench.candidates:
+        noises = jax.random.normal(jax.random.key(0), (count, len(obs), nets.act_dim))
         actor, critic = state.ema or state.params, state.params["critic"]
-        for row in compare(run.script, nets, run.args, actor, critic, obs, noises):
+        for row in compare(script, nets, args, actor, critic, obs, noises):
             cells = [x if isinstance(x, str | int) else f"{x:.4f}" for x in row.values()]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     return 0

@@ -68,8 +68,8 @@ def make_policies(script, nets, args):
     }
 
 
-def print_distances(script, run_dir, rows=512, draws=16):
-    """A table, a row per noise and actor, of the run's first seed."""
+def load(script, run_dir):
+    """Arguments, networks, state of the first seed, and dataset of a run."""
     args = script.read_args(run_dir, [], script.Args())
     task = script.parse_task(args.env_id, args.dataset_dir)
     args = script.resolve(args, task)
@@ -79,7 +79,13 @@ def print_distances(script, run_dir, rows=512, draws=16):
     tree, _ = script.load_checkpoint(run_dir, replay=False)
     state = script.restore(state, tree["state"], run_dir)
     state = jax.tree.map(lambda x: jnp.asarray(x)[0], state)
-    nets, params = script.make_networks(args, act_dim), state.ema or state.params
+    return args, script.make_networks(args, act_dim), state, data
+
+
+def print_distances(script, run_dir, rows=512, draws=16):
+    """A table, a row per noise and actor, of the run's first seed."""
+    args, nets, state, data = load(script, run_dir)
+    params = state.ema or state.params
     index = np.random.default_rng(0).choice(len(data["actions"]), rows)
     obs = (data["observations"][index] - state.obs_mean) / state.obs_std
     obs = jnp.broadcast_to(obs, (draws, *obs.shape))

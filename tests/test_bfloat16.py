@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, load_script
 from helpers import launch, only_run, small_args
 
-sys.path.append(str(ROOT / "benchmark"))  # where bfloat16.py finds see.py
+sys.path.append(str(ROOT / "benchmark"))  # where bfloat16.py finds gsflow_student.py
 tool = load_script(ROOT / "benchmark" / "bfloat16.py")
 TINY = "--hidden-dims 8 8 --prior-hidden-dims 8 --batch-size 16 --num-candidates 2 --flow-steps 2"
 TINY += " --offline-steps 10 --eval-interval 10 --eval-episodes 1"
