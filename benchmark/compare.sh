@@ -11,7 +11,8 @@
 # Then: python benchmark/report.py runs/compare
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT="${COMPARE_OUT:-runs/compare}" SEEDS="0 1 2 3 4" EVALUATE="--eval-episodes 50" MODE=table
+OUT="${COMPARE_OUT:-runs/compare}" SEEDS="0 1 2 3 4" MODE=table
+EVALUATE="--eval-episodes 50 --log-interval 10000"
 for word in "$@"; do [[ $word == --t[iu][mn]e ]] && MODE=${word#--}; done
 args=() && for word in "$@"; do [[ $word == "--$MODE" ]] || args+=("$word"); done
 
