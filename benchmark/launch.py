@@ -365,11 +365,16 @@ def without_idle(jobs):
 
 def print_commands(jobs):
     """One line a run; those that are finished as comments."""
+    lines = []
     for job in jobs:
         state, directory = job.find()
         words = ["python", *job.command()[1:]]
         command = " ".join(w if w.startswith('"$(') else shlex.quote(w) for w in words)
-        print(f"# finished: {directory}" if state == "finished" else command)
+        lines.append(f"# finished: {directory}" if state == "finished" else command)
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:  # head(1) has read enough; what Python writes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_slurm(path, template, jobs, args, extra):

@@ -223,6 +223,13 @@ def test_prints_the_product_as_commands(launch):
     assert sum("/slow/toy/" in home for home in homes) == 2
 
 
+def test_commands_that_nobody_reads_on(launch):
+    """`launch.py ... | head -1`: no traceback."""
+    command = shlex.join(map(str, launch("--algos", "fake", "--seeds", *range(2_000))))
+    done = call(["bash", "-c", f"set -o pipefail; {command} | head -1"])
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
+
+
 def test_directory_follows_from_resolved_arguments(launch):
     def homes(*words, algos=("fake",)):
         out = call(launch("--seeds", 0, "--algos", *algos, *words)).stdout
@@ -811,6 +818,33 @@ def test_table_scripts(stem, tmp_path, capsys, monkeypatch):
         commands = capsys.readouterr().out.splitlines()
         begins = re.compile(rf"python \S*{stem}\.py --(env-id|start-from) ")
         assert commands and all(map(begins.match, commands))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words, seeds, arms", [((), "01234", 1), (["--tune"], ["100"], 3), (["--time"], ["900"], 1)]
+)
+def test_comparison_script(words, seeds, arms, tmp_path, capsys, monkeypatch):
+    """Seven methods on each of three tasks; tuning tries three values with half the updates."""
+    if len(SCRIPTS) < 4:
+        pytest.skip("not all scripts are here")
+    calls = launcher_calls(ROOT / "benchmark" / "compare.sh", tmp_path, *words)
+    module, updates = load_script(LAUNCH), []
+    monkeypatch.chdir(tmp_path)
+    assert len(calls) == 3
+    for argv in calls:
+        assert module.main(argv[1:]) == 0
+        lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+        runs = [dict(itertools.pairwise(line)) for line in lines]
+        assert len(runs) == 7 * arms * len(seeds)
+        assert {run["--seed"] for run in runs} == {*seeds}
+        assert len({run["--out-dir"] for run in runs}) == len(runs)
+        assert all(run["--eval-interval"] == run["--offline-steps"] for run in runs)
+        updates += [int(run["--offline-steps"]) for run in runs]
+    if words == ["--time"]:
+        assert {*updates} == {1000}
+    else:
+        assert max(updates) == (30_000 if words else 60_000)
 
 
 @pytest.mark.slow
