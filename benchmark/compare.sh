@@ -27,6 +27,8 @@ export PYTHONPATH="$CLOCK${PYTHONPATH:+:$PYTHONPATH}"
 # tried on seed 100 with half the updates; the table has the first.
 declare -A METHODS=(
     [gsflow-cube-single]="25000 --alpha 1000 100 300"
+    [prior-cube-single]="27000 --alpha 1000 100 300"
+    [entropy-cube-single]="50000 --alpha 1000 100 300"
     [fql-cube-single]="55000 --alpha 300 100 1000"
     [flowq-cube-single]="55000 --guidance-lambda 10 3 30"
     [bc-cube-single]="55000 --eval-candidates 4 8 16"
@@ -58,6 +60,8 @@ esac
 NETS="--hidden-dims 128 128 128" LR="--learning-rate 1e-3"
 AVERAGE="--ema-decay 0.999"
 GSFLOW="gsflow=gsflow $NETS $LR $AVERAGE --flow-steps 5 --kl-weight 0.1 --num-candidates 4"
+PRIOR="prior=${GSFLOW#*=} --student deterministic" # GSFlow without its entropy
+ENTROPY="entropy=gsflow --prior gaussian $NETS $LR $AVERAGE --flow-steps 5" # without its prior
 FQL="fql=gsflow --prior gaussian --student deterministic $NETS $LR $AVERAGE --flow-steps 5"
 FLOWQ="flowq=flowq $NETS $LR --eval-candidates 4"
 BC="bc=flowq --guidance-lambda 0 $NETS $LR"
@@ -99,6 +103,8 @@ compare pointmaze-large \
 
 compare cube-single \
     "$GSFLOW --tau 0.01 --latent-dim 5 --prior-hidden-dims 256 256 --n-step 5" \
+    "$PRIOR --tau 0.01 --latent-dim 5 --prior-hidden-dims 256 256 --n-step 5" \
+    "$ENTROPY --tau 0.01 --n-step 5" \
     "$FQL --tau 0.01 --n-step 5" \
     "$FLOWQ --n-step 5 --tau 0.01" \
     "$BC --n-step 5 --tau 0.01" \

@@ -825,18 +825,17 @@ def test_table_scripts(stem, tmp_path, capsys, monkeypatch):
     "words, seeds, arms", [((), "01234", 1), (["--tune"], ["100"], 3), (["--time"], ["900"], 1)]
 )
 def test_comparison_script(words, seeds, arms, tmp_path, capsys, monkeypatch):
-    """Seven methods on each of three tasks; tuning tries three values with half the updates."""
+    """Seven methods on each of three tasks, on one two more; tuning tries three values with half the updates."""
     if len(SCRIPTS) < 4:
         pytest.skip("not all scripts are here")
     calls = launcher_calls(ROOT / "benchmark" / "compare.sh", tmp_path, *words)
     module, updates = load_script(LAUNCH), []
     monkeypatch.chdir(tmp_path)
-    assert len(calls) == 3
-    for argv in calls:
+    for argv, methods in zip(calls, (7, 9, 7), strict=True):
         assert module.main(argv[1:]) == 0
         lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
         runs = [dict(itertools.pairwise(line)) for line in lines]
-        assert len(runs) == 7 * arms * len(seeds)
+        assert len(runs) == methods * arms * len(seeds)
         assert {run["--seed"] for run in runs} == {*seeds}
         assert len({run["--out-dir"] for run in runs}) == len(runs)
         assert all(run["--eval-interval"] == run["--offline-steps"] for run in runs)
