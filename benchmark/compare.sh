@@ -27,8 +27,8 @@ export PYTHONPATH="$CLOCK${PYTHONPATH:+:$PYTHONPATH}"
 # tried on seed 100 with half the updates; the table has the first.
 declare -A METHODS=(
     [gsflow-cube-single]="25000 --alpha 1000 100 300"
-    [prior-cube-single]="27000 --alpha 1000 100 300"
-    [entropy-cube-single]="50000 --alpha 1000 100 300"
+    [prior-cube-single]="26000 --alpha 1000 100 300"
+    [entropy-cube-single]="54000 --alpha 1000 100 300"
     [fql-cube-single]="55000 --alpha 300 100 1000"
     [flowq-cube-single]="55000 --guidance-lambda 10 3 30"
     [bc-cube-single]="55000 --eval-candidates 4 8 16"
