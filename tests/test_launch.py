@@ -825,7 +825,7 @@ def test_table_scripts(stem, tmp_path, capsys, monkeypatch):
     "words, seeds, arms", [((), "01234", 1), (["--tune"], ["100"], 3), (["--time"], ["900"], 1)]
 )
 def test_comparison_script(words, seeds, arms, tmp_path, capsys, monkeypatch):
-    """Seven methods on each of three tasks, on one two more; tuning tries three values with half the updates."""
+    """Seven methods on each of three tasks, on one two more; tuning has half the updates."""
     if len(SCRIPTS) < 4:
         pytest.skip("not all scripts are here")
     calls = launcher_calls(ROOT / "benchmark" / "compare.sh", tmp_path, *words)

@@ -196,6 +196,28 @@ def test_deterministic_action(sac):
 
 # ---- networks ----
 
+
+def test_flow_t_from_scratch_learns_nothing_of_time(sac):
+    """As released: what the time network adds is the same for a whole batch, and the BatchRenorm
+    behind it subtracts the batch's mean. Acting subtracts a running one, so there it shows."""
+    args = make_args(sac, policy="flow-t", flow_steps=2, **SMALL)
+    nets, params, stats = make_actor(sac, args, 5, 3)
+    obs, x = jax.random.normal(jax.random.key(1), (16, 5)), jnp.linspace(-1, 1, 48).reshape(16, 3)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def velocity(params, train):
+        return step_velocity(nets, params, stats, obs, x, 0.5, 1, train=train)[0]
+
+    untimed = params | {"time": jax.tree.map(jnp.zeros_like, params["time"])}
+    np.testing.assert_allclose(velocity(params, True), velocity(untimed, True), atol=1e-4)
+    assert np.abs(velocity(params, False) - velocity(untimed, False)).max() > 0.01
+    gradient = jax.jit(jax.grad(lambda params: (x * velocity(params, True)).sum()))(params)
+    largest = lambda tree: max(float(jnp.abs(g).max()) for g in jax.tree.leaves(tree))
+    assert largest(gradient["token"]["kernel"]) > 1e-2
+    for constant in (gradient["time"], gradient["token"]["bias"]):
+        assert largest(constant) < 1e-4
+
+
 SIZES = {
     ("Hopper-v4", "flow-g"): (325_765, 2_140_218),
     ("Hopper-v4", "flow-t"): (236_308, 2_140_218),
