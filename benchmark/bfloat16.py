@@ -94,10 +94,10 @@ def main(bench):
     observations = data["observations"]
     index = np.random.default_rng(0).permutation(len(observations))[: bench.states]
     obs = (observations[index] - state.obs_mean) / state.obs_std
+    actor, critic = state.ema or state.params, state.params["critic"]
     print(f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|")
     for count in bench.candidates:
         noises = jax.random.normal(jax.random.key(0), (count, len(obs), nets.act_dim))
-        actor, critic = state.ema or state.params, state.params["critic"]
         for row in compare(script, nets, args, actor, critic, obs, noises):
             cells = [x if isinstance(x, str | int) else f"{x:.4f}" for x in row.values()]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)

@@ -13,8 +13,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT="${COMPARE_OUT:-runs/compare}" SEEDS="0 1 2 3 4" MODE=table
 EVALUATE="--eval-episodes 50 --log-interval 10000"
-for word in "$@"; do [[ $word == --t[iu][mn]e ]] && MODE=${word#--}; done
-args=() && for word in "$@"; do [[ $word == "--$MODE" ]] || args+=("$word"); done
+args=() && for word in "$@"; do
+    case $word in --time | --tune) MODE=${word#--} ;; *) args+=("$word") ;; esac
+done
 
 # The scripts' clock counts the processor time of their process, not what others take.
 CLOCK=$(mktemp -d) && trap 'rm -r "$CLOCK"' EXIT
@@ -58,11 +59,11 @@ esac
 # FMQ and MVP are one method offline; they differ in their online objective. bc is FlowQ's flow
 # without guidance, its critic for the best of N alone.
 NETS="--hidden-dims 128 128 128" LR="--learning-rate 1e-3"
-AVERAGE="--ema-decay 0.999"
-GSFLOW="gsflow=gsflow $NETS $LR $AVERAGE --flow-steps 5 --kl-weight 0.1 --num-candidates 4"
+ONE_STEP="gsflow $NETS $LR --ema-decay 0.999 --flow-steps 5"
+GSFLOW="gsflow=$ONE_STEP --kl-weight 0.1 --num-candidates 4"
 PRIOR="prior=${GSFLOW#*=} --student deterministic" # GSFlow without its entropy
-ENTROPY="entropy=gsflow --prior gaussian $NETS $LR $AVERAGE --flow-steps 5" # without its prior
-FQL="fql=gsflow --prior gaussian --student deterministic $NETS $LR $AVERAGE --flow-steps 5"
+ENTROPY="entropy=$ONE_STEP --prior gaussian" # without its prior
+FQL="fql=$ONE_STEP --prior gaussian --student deterministic"
 FLOWQ="flowq=flowq $NETS $LR --eval-candidates 4"
 BC="bc=flowq --guidance-lambda 0 $NETS $LR"
 FLOWMAP="--consistency-warmup 500 --consistency-anneal-end 3000 --eval-modes best-of-n one-step"
@@ -88,36 +89,36 @@ compare() { # TASK, then an algorithm a line, each with what METHODS holds for L
         done
     done
     python benchmark/launch.py --tasks "$task" --algos "${algos[@]}" --seeds $SEEDS --out "$OUT" \
-        "${args[@]}" -- --normalize-obs True --batch-size 64 $EVALUATE \
+        "${args[@]}" -- --normalize-obs True --batch-size 64 --tau 0.01 $EVALUATE \
         --dataset-dir "${COMPARE_DATA:-~/.ogbench/data}"
 }
 
 compare pointmaze-large \
-    "$GSFLOW --tau 0.01 --latent-dim 2 --prior-hidden-dims 128 --n-step 10 --gamma 0.995" \
-    "$FQL --tau 0.01 --n-step 10 --gamma 0.995" \
-    "$FLOWQ --n-step 10 --tau 0.01 --gamma 0.995" \
-    "$BC --n-step 10 --tau 0.01 --gamma 0.995" \
-    "$FMQ $LR --tau 0.01 --gamma 0.995" \
-    "$QC $LR --tau 0.01 --gamma 0.995" \
-    "$SAC --tau 0.01 --gamma 0.995"
+    "$GSFLOW --latent-dim 2 --prior-hidden-dims 128 --n-step 10 --gamma 0.995" \
+    "$FQL --n-step 10 --gamma 0.995" \
+    "$FLOWQ --n-step 10 --gamma 0.995" \
+    "$BC --n-step 10 --gamma 0.995" \
+    "$FMQ $LR --gamma 0.995" \
+    "$QC $LR --gamma 0.995" \
+    "$SAC --gamma 0.995"
 
 compare cube-single \
-    "$GSFLOW --tau 0.01 --latent-dim 5 --prior-hidden-dims 256 256 --n-step 5" \
-    "$PRIOR --tau 0.01 --latent-dim 5 --prior-hidden-dims 256 256 --n-step 5" \
-    "$ENTROPY --tau 0.01 --n-step 5" \
-    "$FQL --tau 0.01 --n-step 5" \
-    "$FLOWQ --n-step 5 --tau 0.01" \
-    "$BC --n-step 5 --tau 0.01" \
-    "$FMQ $LR --tau 0.01" \
-    "$QC $LR --tau 0.01" \
-    "$SAC --tau 0.01"
+    "$GSFLOW --latent-dim 5 --prior-hidden-dims 256 256 --n-step 5" \
+    "$PRIOR --latent-dim 5 --prior-hidden-dims 256 256 --n-step 5" \
+    "$ENTROPY --n-step 5" \
+    "$FQL --n-step 5" \
+    "$FLOWQ --n-step 5" \
+    "$BC --n-step 5" \
+    "$FMQ $LR" \
+    "$QC $LR" \
+    "$SAC"
 
 # gamma 0.995: with 0.99 the values of the first half of the way hardly differ
 compare antmaze-large \
-    "$GSFLOW --tau 0.01 --latent-dim 8 --prior-hidden-dims 128 --n-step 25 --gamma 0.995" \
-    "$FQL --tau 0.01 --n-step 25 --gamma 0.995" \
-    "$FLOWQ --n-step 25 --gamma 0.995 --tau 0.01" \
-    "$BC --n-step 25 --gamma 0.995 --tau 0.01" \
-    "$FMQ --learning-rate 5e-4 --tau 0.01 --q-agg-offline min --gamma 0.995" \
-    "$QC --learning-rate 5e-4 --tau 0.01 --q-agg-offline min --gamma 0.995" \
-    "$SAC --horizon-length 3 --tau 0.01"
+    "$GSFLOW --latent-dim 8 --prior-hidden-dims 128 --n-step 25 --gamma 0.995" \
+    "$FQL --n-step 25 --gamma 0.995" \
+    "$FLOWQ --n-step 25 --gamma 0.995" \
+    "$BC --n-step 25 --gamma 0.995" \
+    "$FMQ --learning-rate 5e-4 --q-agg-offline min --gamma 0.995" \
+    "$QC --learning-rate 5e-4 --q-agg-offline min --gamma 0.995" \
+    "$SAC --horizon-length 3"

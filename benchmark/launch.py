@@ -372,7 +372,7 @@ def print_commands(jobs):
         command = " ".join(w if w.startswith('"$(') else shlex.quote(w) for w in words)
         lines.append(f"# finished: {directory}" if state == "finished" else command)
     try:
-        print(*lines, sep="\n", flush=True)
+        print("".join(f"{line}\n" for line in lines), end="", flush=True)
     except BrokenPipeError:  # head(1) has read enough; what Python writes at its end goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
