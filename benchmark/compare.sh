@@ -121,4 +121,4 @@ compare antmaze-large \
     "$BC --n-step 25 --gamma 0.995" \
     "$FMQ --learning-rate 5e-4 --q-agg-offline min --gamma 0.995" \
     "$QC --learning-rate 5e-4 --q-agg-offline min --gamma 0.995" \
-    "$SAC --horizon-length 3"
+    "$SAC --horizon-length 3 --gamma 0.995"
