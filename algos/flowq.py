@@ -127,8 +127,7 @@ class Args:
     video: bool = False  # with --evaluate: also record episodes (see benchmark/see.py)
     resume: str | None = None  # run directory: continue it exactly where its last checkpoint stands
     wandb_project: str | None = None  # also log to Weights & Biases (pip install wandb)
-    matmul_precision: Literal["default", "high", "highest"] = "default"
-    """float32 matmuls: JAX's default (TF32 on recent GPUs), high or highest"""
+    matmul_precision: Literal["default", "high", "highest"] = "default"  # of float32 matmuls
 
     # ---- environment and data ----
     env_backend: Literal["auto", "jax", "host"] = "auto"
@@ -152,6 +151,7 @@ class Args:
     """log the metrics' mean over this many steps"""
     eval_interval: int | None = None  # evaluate every this many steps and at the end
     eval_episodes: int | None = None  # episodes per evaluation, seed and number of candidates
+    eval_background: bool = True  # within a phase, simulators evaluate while training goes on
     eval_all_modes: bool = False  # all modes within a phase too, not just the first
     checkpoint_interval: int | None = None  # checkpoint every this many steps and at the end
 
@@ -656,8 +656,8 @@ def train(args, task):
 def train_loop(run, carry, phases, evaluate, nets):
     """Run the phases dispatch by dispatch, each about a second, so that the bar moves and Ctrl-C is
     heard; what is computed and logged does not depend on how long they are. Between dispatches
-    evaluate, log and save. Returns the last evaluation."""
-    results = None
+    evaluate (simulators do so while they go on), log and save. Returns the last evaluation."""
+    results = run.catch_up(evaluate, carry["state"])
     for phase in (p for p in phases if run.step < p.end):
         carry = phase.enter(carry) if run.step == phase.start else carry
         run.phase, run.rate, run.said = phase, 8.0, time.perf_counter()
@@ -665,7 +665,7 @@ def train_loop(run, carry, phases, evaluate, nets):
         while run.step < phase.end:
             carry, log, evaluation, save = run.dispatch(carry)
             if evaluation:
-                results = evaluate(carry["state"], run.step, run.step >= phase.end)
+                results = run.evaluate(evaluate, carry["state"], run.step >= phase.end)
             if log or evaluation:
                 carry = run.log(carry, results if evaluation else None)
             stopping = run.signal and run.step < phases[-1].end
@@ -681,7 +681,7 @@ def train_loop(run, carry, phases, evaluate, nets):
         if draw := run.task.parts.get("after_phase"):
             first, script = next(iter(arms(run.args).values())), sys.modules[__name__]
             ask(draw, run.dir, phase.name, script, nets, first, carry["state"])
-    return results or evaluate(carry["state"], run.step)  # the run was over but for result.json
+    return results.result() if results else evaluate(carry["state"], run.step)
 
 
 # ==== end shared: training loop ====
@@ -719,6 +719,7 @@ import textwrap
 import traceback
 import urllib.request
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver, resource_tracker
 from types import MappingProxyType
 
@@ -1236,6 +1237,7 @@ def make_evaluate(task, env, policies, args):
     in which its metrics' names end, to `policy(state, obs (D,), key) -> (H * A,)`, the actions of
     the next H steps. `env` is the JAX environment or None (official)."""
     seeds, episodes = [member.seed for member in members(args)], args.eval_episodes
+    simulators = env is None or args.env_backend == "mjx"  # MJX: evaluated officially
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = len(seeds) * max(1, min(episodes, cores // len(seeds)))
     keep = gymnasium.vector.AutoresetMode.DISABLED  # an ended episode waits to be reset
@@ -1245,7 +1247,7 @@ def make_evaluate(task, env, policies, args):
         def act(state, obs, n, t, step):
             return policy(state, obs, purpose_key(state.seed, "eval", step, n, t))
 
-        if env is not None and args.env_backend != "mjx":  # MJX: evaluated officially
+        if not simulators:
             run = functools.partial(evaluate_jax, env, episodes, policy)
             return jax.jit(jax.vmap(run, (0, None)))
         act = jax.jit(jax.vmap(jax.vmap(act, (None, 0, 0, 0, None)), (0, 0, 0, 0, None)))
@@ -1262,6 +1264,8 @@ def make_evaluate(task, env, policies, args):
             results |= {k: result[k.partition("_")[0]] for k in metric_names(task, [mode])}
         return results
 
+    # in a thread of its own, on the CPU: on a GPU each action would wait for a dispatch
+    evaluate.beside = simulators and "cpu" in (jax.config.jax_platforms or "cpu")
     return evaluate
 
 
@@ -1561,10 +1565,12 @@ REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file
 REMEDY[errno.EAGAIN] = "it is in use by another process: wait for it to end"  # its lock
 # Free on --resume. FREE_ALSO, a script's own, and offline_steps are, until its online phase has
 # begun; env_backend and EVALUATION_FLAGS, also its own, are with --evaluate.
-FREE = ("online_steps", "eval_interval", "eval_episodes", "eval_all_modes", "checkpoint_interval")
+FREE = ("online_steps", "eval_interval", "eval_episodes", "eval_all_modes", "eval_background")
+FREE += ("checkpoint_interval",)
 # What a checkpoint knows of its run, as it is at the start
 PROGRESS = dict(step=0, train_seconds=0, log_seconds=0, updates_per_s=0, csv_bytes=0, evals=())
 PROGRESS["diverged"] = {}  # seed (a string): before which step
+PROGRESS["pending"] = ()  # the row of metrics of an evaluation that was under way
 PROGRESS["replay_files"] = ()  # of the rows in the ring: first row, the one behind, checksum
 MEMORY = {}  # bytes that this run's parts need, and how many there are, for `what_fits`
 
@@ -1885,7 +1891,7 @@ class Run:
     def __init__(self, args, task, source, data, policies, progress):
         vars(self).update(PROGRESS | progress)
         self.args, self.task, self.saved, self.signal = args, task, self.step, None
-        self.members = members(args)
+        self.members, self.rows, self.thread = members(args), [], ThreadPoolExecutor(1)
         self.left = [i for i, m in enumerate(self.members) if m.name not in self.diverged]
         self.tags = [m.name if m.arm else f"seed{m.seed}" for m in self.members]
         self.metrics = metric_names(task, policies)  # of an evaluation; the first is the headline
@@ -1985,6 +1991,7 @@ class Run:
                 if self.left:
                     kind = "" if self.members[i].arm else "seed "
                     tqdm.write(f"{kind}{self.members[i].name} {what}; the others go on")
+        self.write(wait=not self.left)
         if not self.left:
             rates = [k.replace("_", "-") for k in vars(args) if k.endswith(("_lr", "ing_rate"))]
             raise UserError(
@@ -1993,9 +2000,26 @@ class Run:
             )
         return carry, *(self.step >= step for step in due)
 
-    def log(self, carry, results):
-        """A CSV row and TensorBoard point per member: means since the last log, and `results`, the
-        evaluation's, if there are. What nothing is known of is NaN here, and left out."""
+    def evaluate(self, evaluate, state, every=False):
+        """Begin to evaluate -> Future. Unless `every`, which ends a phase, training goes on while
+        simulators evaluate a copy of the state; of two evaluations the second waits."""
+        self.write(wait=True)
+        beside = evaluate.beside and self.args.eval_background and not every
+        if beside:
+            state = jax.device_put(jax.tree.map(jnp.copy, state), jax.devices("cpu")[0])
+        future = self.thread.submit(evaluate, state, self.step, every)
+        if not beside:
+            future.exception()  # waits
+        return future
+
+    def catch_up(self, evaluate, state):
+        """Once more what was being evaluated when the checkpoint was written -> Future or None."""
+        self.rows = [[*row, self.evaluate(evaluate, state)] for row in self.pending]
+        return self.rows[0][-1] if self.rows else None
+
+    def log(self, carry, evaluation):
+        """A row of metrics: means since the last log, and what `evaluation`, if there is one, will
+        find. What nothing is known of is NaN here, and left out."""
         mean = lambda total, n: np.where(n > 0, total / np.maximum(n, 1), np.nan)
         sums, count = jax.device_get(carry["sums"]), len(self.members)
         values = {name: mean(*pairs.T) for name, pairs in sums.items()}
@@ -2005,30 +2029,43 @@ class Run:
         self.updates_per_s, self.log_seconds = float(updates / self.log_seconds), 0.0
         values |= {f"time/{k}": getattr(self, k) for k in ("updates_per_s", "train_seconds")}
         values["time/compile_s"] = self.phase.advance.seconds
-        measured = {k: v.mean(1) for k, v in (results or {}).items()}
-        values |= {f"eval/{k}": measured.get(k, np.nan) for k in self.metrics}
-        if results:
-            self.evals = [*self.evals, values[f"eval/{self.metrics[0]}"].tolist()]
-            for arm, rows in self.left_by_arm().items():
-                text = f"{arm}  " * bool(arm) + summary({k: v[rows] for k, v in results.items()})
-                tqdm.write(f"{self.phase.name} step {self.step:>9,}  {text}")
-        arm_column = ["arm"] * bool(self.members[0].arm)
-        table = csv.DictWriter(self.csv, ["step", "phase", *arm_column, "seed", *values])
-        if self.csv.tell() == 0:
-            table.writeheader()
-        for i, member in enumerate(self.members):
-            row = {k: float(np.broadcast_to(v, count)[i]) for k, v in values.items()}
-            row = {k: v for k, v in row.items() if i in self.left and not np.isnan(v)}
-            where = dict(step=self.step, phase=self.phase.name, seed=member.seed)
-            table.writerow(where | dict.fromkeys(arm_column, member.arm) | row)
-            for name, value in row.items():
-                self.writers[i].add_scalar(name, value, self.step)
-            if self.wandb:
-                self.wandb.log({f"{k}/{self.tags[i]}": v for k, v in row.items()}, self.step)
-        self.csv.flush()
+        values = {k: np.broadcast_to(v, count).tolist() for k, v in values.items()}
+        self.rows.append([self.step, self.phase.name, [*self.left], values, evaluation])
+        self.write()
         return carry | {"sums": place(jax.tree.map(np.zeros_like, sums), count)}
 
+    def write(self, wait=False):
+        """A CSV row and TensorBoard point per member of each row of metrics, in their order, up to
+        one whose evaluation is under way, for which it may `wait`."""
+        while self.rows and (wait or self.rows[0][-1] is None or self.rows[0][-1].done()):
+            step, phase, left, values, evaluation = self.rows.pop(0)
+            results = evaluation.result() if evaluation else {}
+            measured = {f"eval/{k}": v.mean(1).tolist() for k, v in results.items()}
+            nothing = [np.nan] * len(self.members)
+            values |= {k: measured.get(k, nothing) for k in (f"eval/{k}" for k in self.metrics)}
+            if results:
+                self.evals = [*self.evals, values[f"eval/{self.metrics[0]}"]]
+                for arm, rows in self.left_by_arm(left).items():
+                    text = summary({k: v[rows] for k, v in results.items()})
+                    tqdm.write(f"{phase} step {step:>9,}  {f'{arm}  ' * bool(arm)}{text}")
+            arm_column = ["arm"] * bool(self.members[0].arm)
+            table = csv.DictWriter(self.csv, ["step", "phase", *arm_column, "seed", *values])
+            if self.csv.tell() == 0:
+                table.writeheader()
+            for i, member in enumerate(self.members):
+                row = {k: v[i] for k, v in values.items() if i in left and not np.isnan(v[i])}
+                where = dict(step=step, phase=phase, seed=member.seed)
+                table.writerow(where | dict.fromkeys(arm_column, member.arm) | row)
+                for name, value in row.items():
+                    self.writers[i].add_scalar(name, value, step)
+                if self.wandb:
+                    self.wandb.log({f"{k}/{self.tags[i]}": v for k, v in row.items()}, step)
+            self.csv.flush()
+
     def save(self, carry):
+        if self.rows and self.rows[0][0] < self.step:  # one of this step can be evaluated again
+            self.write(wait=True)
+        self.pending = [row[:-1] for row in self.rows]
         self.saved, self.csv_bytes = self.step, self.csv.tell()
         before = self.replay_files  # those of the checkpoint that becomes the previous one
         if "replay" in carry:
@@ -2042,9 +2079,9 @@ class Run:
         for path in {*self.dir.glob("replay/*")}.difference(needed):
             path.unlink()
 
-    def left_by_arm(self):
-        """{an arm's name: its members that are left}, of the arms that have any."""
-        by_arm = itertools.groupby(self.left, lambda i: self.members[i].arm)
+    def left_by_arm(self, left):
+        """{an arm's name: its members of those that are left}, of the arms that have any."""
+        by_arm = itertools.groupby(left, lambda i: self.members[i].arm)
         return {arm: list(rows) for arm, rows in by_arm}
 
     def figures(self, results, rows):
@@ -2064,7 +2101,8 @@ class Run:
         result |= {k: self.facts[k] for k in ("dataset_source", "device", "commit")}
         result |= {"train_seconds": self.train_seconds, "updates_per_s": self.updates_per_s}
         if self.members[0].arm:
-            arms = {k: self.figures(results, rows) for k, rows in self.left_by_arm().items()}
+            by_arm = self.left_by_arm(self.left).items()
+            arms = {arm: self.figures(results, rows) for arm, rows in by_arm}
             result["arms"] = {arm: facts for arm, (facts, _) in arms.items()}
             print(*(f"{arm}  {line}" for arm, (_, line) in arms.items()), sep="\n")
         write_file(self.dir / "result.json", result)
@@ -2173,6 +2211,8 @@ def command_line(main, args_type, argv=None):
         error, code = f"out of memory: {what_fits(args)} ({str(e).splitlines()[0][:150]})", 2
     except KeyboardInterrupt:
         error, code = "interrupted before training began; nothing was written", 130
+    for simulator in multiprocessing.active_children():  # an evaluation under way ends
+        simulator.kill()
     print(f"error: {error}", file=sys.stderr)
     return code
 

@@ -547,17 +547,22 @@ def test_training_loop(gsflow):
             self.step += 2
             return add(".")(carry), False, self.step % 4 == 0 or self.step == 6, True
 
-        def log(self, carry, results):
-            self.logged.append(results)
+        def catch_up(self, evaluate, state):
+            return None
+
+        def evaluate(self, evaluate, state, every):
+            return SimpleNamespace(result=lambda now=(state, self.step, every): now)
+
+        def log(self, carry, evaluation):
+            self.logged.append(evaluation.result())
             return carry
 
         def save(self, carry):
             self.saved.append(carry["trace"])
 
-    evaluate = lambda state, step, every: (state, step, every)
     for step, trace in ((0, ["o.", "o..", "o..n.r", "o..n.r.r"]), (6, [".r"])):
         run, carry = Run(step), dict(state="state", trace="")
-        assert gsflow.train_loop(run, carry, [offline, online], evaluate, None)[1:] == (8, True)
+        assert gsflow.train_loop(run, carry, [offline, online], None, None)[1:] == (8, True)
         assert run.saved == trace
         assert [result[1:] for result in run.logged] == [
             pair for pair in ((4, True), (6, False), (8, True)) if pair[0] > step
