@@ -281,7 +281,7 @@ class Recorder:
         ring = jax.vmap(lambda _: gsflow.make_replay(6, 3, 2))(jnp.arange(2))
         self.carry = dict(replay=ring)
         csv, args = SimpleNamespace(tell=lambda: 0), SimpleNamespace(offline_steps=1)
-        self.run = SimpleNamespace(**gsflow.PROGRESS, dir=directory, csv=csv, args=args)
+        self.run = SimpleNamespace(**gsflow.PROGRESS, dir=directory, csv=csv, args=args, rows=[])
         self.insert = jax.jit(jax.vmap(gsflow.insert))
 
     def step(self, times=1):
