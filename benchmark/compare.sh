@@ -5,6 +5,7 @@
 #   bash benchmark/compare.sh --workers 1             run them; --seeds 0 1: these seeds only
 #   bash benchmark/compare.sh --tune --workers 1      the three values tried of each method, seed 100
 #   bash benchmark/compare.sh --time --workers 1      measure the updates' costs instead
+#   bash benchmark/compare.sh --quarter --workers 1   a quarter of an hour, three evaluations, seed 0
 # Needs the data: python benchmark/collect.py antmaze-large; python benchmark/collect.py cube-single
 # --num-transitions 200000. COMPARE_OUT: where the runs go; COMPARE_DATA: where the data are;
 # COMPARE_TASKS: these tasks only.
@@ -14,7 +15,7 @@ cd "$(dirname "$0")/.."
 OUT="${COMPARE_OUT:-runs/compare}" SEEDS="0 1 2 3 4" MODE=table
 EVALUATE="--eval-episodes 50 --log-interval 10000"
 args=() && for word in "$@"; do
-    case $word in --time | --tune) MODE=${word#--} ;; *) args+=("$word") ;; esac
+    case $word in --time | --tune | --quarter) MODE=${word#--} ;; *) args+=("$word") ;; esac
 done
 
 # The scripts' clock counts the processor time of their process, not what others take.
@@ -54,6 +55,7 @@ declare -A METHODS=(
 case $MODE in
     time) OUT="$OUT-time" SEEDS=900 EVALUATE="--eval-episodes 1 --log-interval 100" ;;
     tune) OUT="$OUT-tune" SEEDS=100 ;;
+    quarter) OUT="$OUT-quarter" SEEDS=0 ;;
 esac
 
 # FMQ and MVP are one method offline; they differ in their online objective. bc is FlowQ's flow
@@ -73,7 +75,7 @@ SAC="sac_flow=sac_flow --policy flow-g --hidden-dim 128 --critic-hidden-dims 128
 SAC="$SAC --actor-lr 1e-3 --critic-lr 1e-3 --online-steps 0"
 
 compare() { # TASK, then an algorithm a line, each with what METHODS holds for LABEL-TASK
-    local task=$1 algos=() algo label updates flag values value && shift
+    local task=$1 algos=() algo label updates flag values value every && shift
     [[ " ${COMPARE_TASKS:-$task} " == *" $task "* ]] || return 0
     for algo in "$@"; do
         label=${algo%%=*}
@@ -82,10 +84,12 @@ compare() { # TASK, then an algorithm a line, each with what METHODS holds for L
             table) values=${values%% *} ;;
             time) values=${values%% *} updates=1000 ;;
             tune) updates=$((updates / 2)) ;;
+            quarter) values=${values%% *} updates=$((updates * 15 / 2)) ;;
         esac
+        every=$updates && [[ $MODE == quarter ]] && every=$((updates / 3))
         for value in $values; do
             [[ $MODE == tune ]] && algo="$label-$value=${algo#*=}"
-            algos+=("$algo $flag $value --offline-steps $updates --eval-interval $updates")
+            algos+=("$algo $flag $value --offline-steps $updates --eval-interval $every")
         done
     done
     python benchmark/launch.py --tasks "$task" --algos "${algos[@]}" --seeds $SEEDS --out "$OUT" \

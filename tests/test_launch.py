@@ -822,10 +822,17 @@ def test_table_scripts(stem, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words, seeds, arms", [((), "01234", 1), (["--tune"], ["100"], 3), (["--time"], ["900"], 1)]
+    "words, seeds, arms, most",
+    [
+        ((), "01234", 1, 60_000),
+        (["--tune"], ["100"], 3, 30_000),
+        (["--time"], ["900"], 1, 1000),
+        (["--quarter"], ["0"], 1, 450_000),
+    ],
 )
-def test_comparison_script(words, seeds, arms, tmp_path, capsys, monkeypatch):
-    """Seven methods on each of three tasks, on one two more; tuning has half the updates."""
+def test_comparison_script(words, seeds, arms, most, tmp_path, capsys, monkeypatch):
+    """Seven methods on each of three tasks, on one two more; tuning has half the updates, a
+    quarter of an hour seven and a half times those of two minutes."""
     if len(SCRIPTS) < 4:
         pytest.skip("not all scripts are here")
     calls = launcher_calls(ROOT / "benchmark" / "compare.sh", tmp_path, *words)
@@ -838,12 +845,12 @@ def test_comparison_script(words, seeds, arms, tmp_path, capsys, monkeypatch):
         assert len(runs) == methods * arms * len(seeds)
         assert {run["--seed"] for run in runs} == {*seeds}
         assert len({run["--out-dir"] for run in runs}) == len(runs)
-        assert all(run["--eval-interval"] == run["--offline-steps"] for run in runs)
+        evaluations = 3 if words == ["--quarter"] else 1
+        assert all(
+            int(run["--eval-interval"]) * evaluations == int(run["--offline-steps"]) for run in runs
+        )
         updates += [int(run["--offline-steps"]) for run in runs]
-    if words == ["--time"]:
-        assert {*updates} == {1000}
-    else:
-        assert max(updates) == (30_000 if words else 60_000)
+    assert max(updates) == most and (words != ["--time"] or {*updates} == {most})
 
 
 @pytest.mark.slow
