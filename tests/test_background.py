@@ -6,6 +6,7 @@ import multiprocessing
 import time
 
 import pytest
+from conftest import ROOT, load_script
 from helpers import TINY, assert_same_end, launch, only_run, rows_without_time, start
 from test_task_files import own_dataset
 
@@ -135,3 +136,19 @@ def test_an_error_does_not_wait_for_an_evaluation(gsflow, flags, tmp_path, monke
     assert "cannot use here: No space left on device" in err
     pools[0].shutdown(wait=True)  # as at the interpreter's exit
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_benchmark_compares_both_ways(flags, tmp_path, capsys):
+    """Its table, and that it notices what differs."""
+    module = load_script(ROOT / "benchmark" / "background.py")
+    (tmp_path / "gate").touch()
+    assert module.main([*map(str, flags)]) == 0
+    head, _, _, _, waits, beside = capsys.readouterr().out.splitlines()
+    assert head.endswith("metrics and parameters the same")
+    cells = [[c.strip() for c in row.split("|")[1:-1]] for row in (waits, beside)]
+    assert [c[0] for c in cells] == [*module.WAYS] and cells[0][2] == "1.00"
+    left = iter(([1, 1], [], [params], dict(device="", commit=None)) for params in (1.0, 2.0))
+    module.run = lambda *_: next(left)
+    assert module.main([*map(str, flags)]) == 1
+    assert "metrics and parameters DIFFER" in capsys.readouterr().out
