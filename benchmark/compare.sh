@@ -8,7 +8,7 @@
 #   bash benchmark/compare.sh --quarter --workers 1   a quarter of an hour, three evaluations, seed 0
 # Needs the data: python benchmark/collect.py antmaze-large; python benchmark/collect.py cube-single
 # --num-transitions 200000. COMPARE_OUT: where the runs go; COMPARE_DATA: where the data are;
-# COMPARE_TASKS: these tasks only.
+# COMPARE_TASKS, COMPARE_METHODS: these tasks, these methods only.
 # Then: python benchmark/report.py runs/compare
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -79,6 +79,7 @@ compare() { # TASK, then an algorithm a line, each with what METHODS holds for L
     [[ " ${COMPARE_TASKS:-$task} " == *" $task "* ]] || return 0
     for algo in "$@"; do
         label=${algo%%=*}
+        [[ " ${COMPARE_METHODS:-$label} " == *" $label "* ]] || continue
         read -r updates flag values <<< "${METHODS[$label-$task]}"
         case $MODE in
             table) values=${values%% *} ;;
@@ -92,6 +93,7 @@ compare() { # TASK, then an algorithm a line, each with what METHODS holds for L
             algos+=("$algo $flag $value --offline-steps $updates --eval-interval $every")
         done
     done
+    [[ ${#algos[@]} -gt 0 ]] || return 0
     python benchmark/launch.py --tasks "$task" --algos "${algos[@]}" --seeds $SEEDS --out "$OUT" \
         "${args[@]}" -- --normalize-obs True --batch-size 64 --tau 0.01 $EVALUATE \
         --dataset-dir "${COMPARE_DATA:-~/.ogbench/data}"
