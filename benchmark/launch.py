@@ -61,7 +61,7 @@ from typing import Annotated
 import tyro
 
 HERE = Path(__file__).resolve().parent
-NOT_HASHED = ("seed", "out_dir", "resume", "evaluate", "video")
+NOT_HASHED = ("seed", "out_dir", "resume", "evaluate", "video", "eval_background")
 ONLINE = {  # the flags of a script that its offline phase does not read
     "gsflow": (
         "online_steps", "num_envs", "utd",  # steps of the environment, updates after each
