@@ -1646,7 +1646,7 @@ class HostLoop:
     before that step (`learn_first`); else the updates come after the block's last step.
     """
 
-    seconds = property(lambda self: self.learn.seconds)  # that compiling took
+    seconds = property(lambda self: self.learn.seconds + self.compiling)  # that compiling took
 
     def __init__(self, make_envs, play, args, inputs):
         self.make_envs, self.play, self.args = make_envs, play, args
@@ -1662,8 +1662,20 @@ class HostLoop:
             put = jax.vmap(functools.partial(remember, play=play))
             return put(carry, *jax.tree.map(split, step)), None
 
-        self.act, keep_all = jax.jit(act), lambda carry, steps: jax.lax.scan(keep, carry, steps)[0]
-        self.keep = jax.jit(keep_all, donate_argnums=0)
+        keep_all, self.compiling = lambda carry, steps: jax.lax.scan(keep, carry, steps)[0], 0.0
+        self.act, self.keep = self.timed(act), self.timed(keep_all, donate_argnums=0)
+
+    def timed(self, function, **options):
+        """The function as a program, whose first call, which compiles it, counts in `seconds`."""
+        program, calls = jax.jit(function, **options), itertools.count()
+
+        def call(*inputs):
+            start = time.perf_counter()
+            out = program(*inputs)
+            self.compiling += 0.0 if next(calls) else time.perf_counter() - start
+            return out
+
+        return call
 
     def restart(self, carry):
         """Begin new episodes whose seeds depend on the step alone, so that a run that goes on from

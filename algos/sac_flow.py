@@ -35,7 +35,8 @@ Deviations from the released code (P: from the paper, where the released code di
      target critic follows the critic after its step (there: before).
   5. Evaluation also without noise, from A_0 = 0; checkpoints hold the state of BatchRenorm, which
      takes variances in two passes; attention over one token is two linear maps, the same function.
-  6. With --num-envs above 1 on official environments, updates see new rows one step later.
+  6. With --num-envs above 1 on official environments, updates see new rows one step later, and
+     acting sees those updates from the step after.
   7. The naive velocity joins time behind BatchRenorm, which cannot standardise a batch's constant:
      its running variance falls to 0, and acting sees times of +-12 (released: --renorm-time).
   P. Learned noise online and 0.05 / 0.02 offline-to-online instead of one sigma with drift
@@ -122,8 +123,8 @@ class Args:
     dataset: str | None = None  # transitions of your own: FILE.npz or FILE.hdf5 (see README)
     dataset_dir: str = "~/.ogbench/data"  # OGBench datasets are here, or come here
     num_envs: int | None = None
-    """parallel environments per seed; after a block of steps, the fewest after which a whole number
-    of actor updates is due, all updates of the block are made"""
+    """parallel environments per seed; the updates of a block of steps (the fewest that a whole
+    number of actor updates belongs to) come after it: the acting policy is up to a block old"""
     action_scale: float | None = None  # half width of the action box (default: the environment's)
     normalize_obs: bool | None = None  # offline-to-online: standardise by the dataset's moments
     sparse: bool | None = None  # tasks with data: every non-zero reward becomes -1
@@ -1780,7 +1781,7 @@ class HostLoop:
     before that step (`learn_first`); else the updates come after the block's last step.
     """
 
-    seconds = property(lambda self: self.learn.seconds)  # that compiling took
+    seconds = property(lambda self: self.learn.seconds + self.compiling)  # that compiling took
 
     def __init__(self, make_envs, play, args, inputs):
         self.make_envs, self.play, self.args = make_envs, play, args
@@ -1796,8 +1797,20 @@ class HostLoop:
             put = jax.vmap(functools.partial(remember, play=play))
             return put(carry, *jax.tree.map(split, step)), None
 
-        self.act, keep_all = jax.jit(act), lambda carry, steps: jax.lax.scan(keep, carry, steps)[0]
-        self.keep = jax.jit(keep_all, donate_argnums=0)
+        keep_all, self.compiling = lambda carry, steps: jax.lax.scan(keep, carry, steps)[0], 0.0
+        self.act, self.keep = self.timed(act), self.timed(keep_all, donate_argnums=0)
+
+    def timed(self, function, **options):
+        """The function as a program, whose first call, which compiles it, counts in `seconds`."""
+        program, calls = jax.jit(function, **options), itertools.count()
+
+        def call(*inputs):
+            start = time.perf_counter()
+            out = program(*inputs)
+            self.compiling += 0.0 if next(calls) else time.perf_counter() - start
+            return out
+
+        return call
 
     def restart(self, carry):
         """Begin new episodes whose seeds depend on the step alone, so that a run that goes on from

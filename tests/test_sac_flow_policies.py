@@ -214,7 +214,9 @@ def test_flow_t_from_scratch_learns_nothing_of_time(sac):
     gradient = jax.jit(jax.grad(lambda params: (x * velocity(params, True)).sum()))(params)
     largest = lambda tree: max(float(jnp.abs(g).max()) for g in jax.tree.leaves(tree))
     assert largest(gradient["token"]["kernel"]) > 1e-2
-    for constant in (gradient["time"], gradient["token"]["bias"]):
+    norms = [v["BatchRenorm_0"]["bias"] for k, v in gradient.items() if "token_norms" in k]
+    assert len(norms) == 2
+    for constant in (gradient["time"], gradient["token"]["bias"], norms):
         assert largest(constant) < 1e-4
 
 

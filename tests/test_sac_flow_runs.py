@@ -247,6 +247,9 @@ def test_ends_of_episodes(sac, counting_envs, backend, num_envs):
             assert np.isnan(carry["recent"]).all() and (carry["sums"]["online/return"] == 0).all()
             assert (carry["state"].step == 0).all()
             carry = jax.tree.map(jnp.copy, carry)
+        if backend == "host":  # acting and storing are compiled too, of which training knows
+            learning = phase.advance.learn.seconds
+            assert phase.advance.seconds > learning and (phase.name == "warm-up") == (learning == 0)
     assert (carry["state"].step == 112).all()
     stored = {k: v[:, 8:] for k, v in carry["replay"]["rows"].items()}
     rows, done = check_rows(stored, 112, num_envs)
