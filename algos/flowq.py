@@ -1559,7 +1559,7 @@ def prepare(raw, args, task):
 
 
 # ==== shared: runs ====
-PURPOSES = ("init", "update", "act", "env", "eval")
+PURPOSES = ("init", "update", "act", "env", "eval", "start")
 MAGIC = b"CLEANFLOW1"
 REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}
 REMEDY[errno.EAGAIN] = "it is in use by another process: wait for it to end"  # its lock

@@ -1715,8 +1715,8 @@ def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm
     def begin(seed):
         new = dict(replay=make_replay(rows - rows % num_envs, *sizes))
         new |= dict(returns=jnp.zeros(num_envs), recent=jnp.full(20, jnp.nan))
-        if env is not None:  # the 1 keeps this key apart from that of the first step
-            env_state = reset_envs(env, purpose_key(seed, "env", 0, 1), num_envs)
+        if env is not None:
+            env_state = reset_envs(env, purpose_key(seed, "start"), num_envs)
             chunks = jnp.zeros((num_envs, play.horizon, sizes[1]))
             new["envs"] = dict(state=env_state, chunks=chunks, taken=jnp.zeros(num_envs, jnp.int32))
         return new
@@ -1743,7 +1743,7 @@ def online_phases(task, env, play, args, rows, sizes, inputs, warm_up=None, warm
 
 
 # ==== shared: runs ====
-PURPOSES = ("init", "update", "act", "env", "eval")
+PURPOSES = ("init", "update", "act", "env", "eval", "start")
 MAGIC = b"CLEANFLOW1"
 REMEDY = {errno.ENOSPC: "free some space", errno.EFBIG: "raise the limit on file sizes"}
 REMEDY[errno.EAGAIN] = "it is in use by another process: wait for it to end"  # its lock

@@ -100,20 +100,27 @@ def stub_script(asked):
     return SimpleNamespace(**{f.__name__: f for f in functions})
 
 
-@pytest.mark.parametrize("phase, alpha", [("offline", 3.0), ("online", 7.0)])
-def test_picture_shows_the_first_seed(tmp_path, monkeypatch, phase, alpha):
+@pytest.mark.parametrize(
+    "phase, alpha, student, method",
+    [
+        ("offline", 3.0, "deterministic", "FQL"),
+        ("online", 7.0, "gaussian", "gaussian prior, gaussian student"),
+    ],
+)
+def test_picture_shows_the_first_seed(tmp_path, monkeypatch, phase, alpha, student, method):
     asked, drawn = [], []
     draw = crescent.draw_crescents
     monkeypatch.setattr(crescent, "draw_crescents", lambda *a: (drawn.append(a), draw(*a)))
-    args = SimpleNamespace(prior="gaussian", alpha=3.0, online_alpha=7.0, flow_steps=4)
-    state = SimpleNamespace(params={"w": jnp.asarray([1.0, 2.0])})  # of two seeds
+    settings = dict(prior="gaussian", student=student, alpha=3.0, online_alpha=7.0, flow_steps=4)
+    args = SimpleNamespace(**settings)
+    state = SimpleNamespace(params={"w": jnp.asarray([1.0, 2.0])}, ema=None)  # of two seeds
     after_phase = crescent.make_task("multi-crescent", "")["after_phase"]
     after_phase(tmp_path, phase, stub_script(asked), "nets", args, state)
     assert [a[0] for a in asked] == ["prior", "teacher", "student", "student"]
     assert all(a[2] == "nets" and a[1]["w"].shape == () for a in asked)
     assert [a[3] for a in asked] == [(1_000, 2), 4, 0.0, 1.0]
     ((path, draws, title),) = drawn
-    assert title == f"FQL {phase}, alpha {alpha:g}"
+    assert title == f"{method} {phase}, alpha {alpha:g}"
     picture = tmp_path / f"multi_crescent_{phase}.png"
     assert list(tmp_path.iterdir()) == [picture] == [path]
     for points, expected in zip(draws, [(0.1, 0.1), (0.2, 0.2), (0.5, 0.5), (0.8, 0)], strict=True):

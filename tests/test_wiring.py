@@ -450,6 +450,18 @@ def test_phases_and_stored_rows(script, monkeypatch, backend):
         np.testing.assert_allclose(carry["sums"]["online/return"], returns, rtol=1e-5)
 
 
+@pytest.mark.parametrize("script", ONLINE, indirect=True)
+def test_no_episode_begins_as_another(script, monkeypatch):
+    """One environment whose episodes end after a step: each start is drawn by a key of its own."""
+    monkeypatch.setattr(Walk, "max_episode_steps", 1)
+    args = make_args(script, **({} if script.ALGO == "fmq" else dict(num_envs=1)))
+    carry, phases = start_of_training(script, monkeypatch, args, Walk())
+    for phase in phases[1:]:
+        carry = phase.advance(phase.enter(carry), (phase.end - phase.start) // phase.stride)
+    starts = np.asarray(carry["replay"]["rows"]["obs"])[:, :40, 1]
+    assert len(np.unique(starts)) == starts.size == 2 * 40
+
+
 def check_rows(rows, envs, cuts, sparse):
     """Rows (seeds, 40) of `envs` environments in turn; at the rows `cuts` all episodes began.
     Returns the sum of the returns of the episodes that ended by themselves, and their number."""

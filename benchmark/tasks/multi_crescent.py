@@ -130,8 +130,9 @@ def after_phase(run_dir, phase, script, nets, args, state):
         mode, _ = script.sample_action(params, nets, obs, x, 0.0, keys[1])
         return x, teacher, mode, script.sample_action(params, nets, obs, x, 1.0, keys[2])[0]
 
-    first_seed = jax.tree.map(lambda x: x[0], state.params)
-    method = "GSFlow" if args.prior == "cvae" else "FQL"
+    first_seed = jax.tree.map(lambda x: x[0], state.ema or state.params)  # what acts
+    methods = {("cvae", "gaussian"): "GSFlow", ("gaussian", "deterministic"): "FQL"}
+    method = methods.get((args.prior, args.student), f"{args.prior} prior, {args.student} student")
     alpha = args.alpha if phase == "offline" else args.online_alpha
     title = f"{method} {phase}, alpha {alpha:g}"
     draw_crescents(Path(run_dir) / f"multi_crescent_{phase}.png", jax.jit(draws)(first_seed), title)
