@@ -37,7 +37,8 @@ Deviations from the released code
   4. Windows never join the newest and the oldest row of the replay: dataset and online rows lie in
      two blocks, which act as one first-in first-out pool.
   5. H environment steps, then H updates (code: one by one).  With official environments the
-     updates run while the simulators step, on the rows before those steps.
+     updates run while the simulators step, on the rows before those steps; chunks that begin
+     before the updates do are drawn without them.
 As the code has it, where the paper says otherwise or nothing
   6. Acting is best-of-32; Algorithm 1 draws one chunk (mode one-step).
   7. BoN selects with the online critic and takes the target critic's value; agg is the mean
@@ -332,12 +333,17 @@ def aggregate(q, pessimistic):
 
 
 def best_of_n(params, nets, args, obs, noise, pessimistic):
-    """BoN: of the chunks from noise (..., N, D) the one that the critic likes best (..., D); all go
-    through the actor in one call and through all critics in another."""
-    chunks = sample_chunk(params, nets, args, obs[..., None, :], noise)
-    q = nets.critic(params["critic"], obs[..., None, :], chunks)
-    best = aggregate(q, pessimistic).argmax(axis=-1)  # the first one on ties
-    return jnp.take_along_axis(chunks, best[..., None, None], axis=-2).squeeze(-2)
+    """BoN: of the chunks from noise (..., N, D) the one that the critic likes best (..., D). All go
+    at once, but on a CPU, whose cache a batch of them would leave, one after another."""
+
+    def judge(x):
+        chunk = sample_chunk(params, nets, args, obs, x)
+        return chunk, aggregate(nets.critic(params["critic"], obs, chunk), pessimistic)
+
+    at_once, loop = jax.vmap(judge), functools.partial(jax.lax.map, judge)
+    ways = dict(cpu=loop if noise.ndim > 2 else at_once, default=at_once)
+    chunks, q = jax.lax.platform_dependent(jnp.moveaxis(noise, -2, 0), **ways)
+    return jnp.take_along_axis(chunks, q.argmax(axis=0)[None, ..., None], axis=0)[0]
 
 
 def unit(vectors):
@@ -485,12 +491,11 @@ def actor_loss(params, offline_actor, nets, args, objective, batch, number, keys
     shape, noise = batch["actions"].shape, jax.random.normal
     draw_time = lambda key: jax.random.uniform(key, (shape[0], 1))
     guided, terms = objective == "fmq", []  # (weight, (loss, metrics))
-    diag_weight = args.online_diag_weight if guided else 1.0
-    cons_weight = jnp.where(number > args.consistency_warmup, 1.0, 0.0)
+    diag_weight, cons_weight = 1.0, jnp.where(number > args.consistency_warmup, 1.0, 0.0)
     if guided:
         x, r = noise(keys["fmq_noise"], shape), draw_time(keys["fmq_time"])
         terms += [(1.0, fmq_loss(params, offline_actor, nets, args, batch, x, r))]
-        cons_weight = args.online_cons_weight
+        diag_weight, cons_weight = args.online_diag_weight, args.online_cons_weight
     if diag_weight:
         x, t = noise(keys["diag_noise"], shape), draw_time(keys["diag_time"])
         terms += [(diag_weight, diagonal_loss(params, nets, batch, x, t))]
@@ -586,10 +591,8 @@ def make_learn(nets, args, objective="offline"):
     def learn(carry, data):
         state = carry["state"]
         batch_key, update_key = jax.random.split(purpose_key(state.seed, "update", state.step))
-        batch = sample_chunks(
-            batch_key, data, carry.get("replay"), args.batch_size, args.horizon, args.gamma,
-            args.buffer_size,
-        )  # fmt: skip
+        sizes = args.batch_size, args.horizon, args.gamma, args.buffer_size
+        batch = sample_chunks(batch_key, data, carry.get("replay"), *sizes)
         for name in ("obs", "next_obs"):
             batch[name] = (batch[name] - state.obs_mean) / state.obs_std
         state, metrics = update(state, batch, update_key)
@@ -611,9 +614,8 @@ def make_act(nets, args):
 
 def begin_online(state, args):
     """Freeze the offline actor; join the critics as the online phase does."""
-    agg = args.q_agg_online
-    if agg == "auto":
-        agg = "min" if args.online_objective == "fmq" else "mean"
+    agg = "min" if args.online_objective == "fmq" else "mean"
+    agg = agg if args.q_agg_online == "auto" else args.q_agg_online
     frozen = jax.tree.map(jnp.copy, state.params["actor"])
     pessimistic = jnp.full_like(state.pessimistic, agg == "min")
     return state.replace(offline_actor=frozen, pessimistic=pessimistic)
@@ -1570,7 +1572,7 @@ class Play(NamedTuple):
     horizon: int = 1  # H
     sparse: bool = False  # every reward but 0 becomes -1
     count: bool = True  # the episodes' returns are the policy's own
-    learn_first: bool = True  # official environments: learn while they take the block's first step
+    learn_first: bool = True  # official environments: learn while they take a block's steps
 
 
 def repeat(learn, n):
@@ -1626,8 +1628,9 @@ def interact(env, play):
 class HostLoop:
     """Blocks on official environments, E per member: advance(carry, n) -> carry.
 
-    The simulators take a step while the device makes the updates of a block, which see the rows
-    before that step (`learn_first`); else the updates come after the block's last step.
+    The simulators step while the device makes the updates of a block, which see the rows before it
+    (`learn_first`): from where no chunk is due any more, as acting would wait for them. (Where an
+    episode ends behind that, it does.) Else the updates come after the block's last step.
     """
 
     seconds = property(lambda self: self.learn.seconds + self.compiling)  # that compiling took
@@ -1679,14 +1682,14 @@ class HostLoop:
     def __call__(self, carry, n):
         play = self.play
         for _ in range(n):
-            steps = []
+            steps, last = [], min(int((-self.taken % play.horizon).max()), play.steps - 1)
             for i in range(play.steps):
                 if (due := self.taken == 0).any():
                     new = self.act(carry["state"], self.obs, carry["replay"]["added"], i)
                     self.chunks = np.where(due[:, None, None], new, self.chunks)
                 actions = self.chunks[np.arange(len(due)), self.taken]
                 simulate(self.envs, "step_async", actions)
-                if play.learn and play.learn_first and i == 0:
+                if play.learn and play.learn_first and i == last:
                     carry = self.learn(carry, 1)  # returns before it is done
                 obs = self.obs
                 self.obs, reward, terminated, truncated, info = simulate(self.envs, "step_wait")

@@ -1721,7 +1721,7 @@ class Play(NamedTuple):
     horizon: int = 1  # H
     sparse: bool = False  # every reward but 0 becomes -1
     count: bool = True  # the episodes' returns are the policy's own
-    learn_first: bool = True  # official environments: learn while they take the block's first step
+    learn_first: bool = True  # official environments: learn while they take a block's steps
 
 
 def repeat(learn, n):
@@ -1777,8 +1777,9 @@ def interact(env, play):
 class HostLoop:
     """Blocks on official environments, E per member: advance(carry, n) -> carry.
 
-    The simulators take a step while the device makes the updates of a block, which see the rows
-    before that step (`learn_first`); else the updates come after the block's last step.
+    The simulators step while the device makes the updates of a block, which see the rows before it
+    (`learn_first`): from where no chunk is due any more, as acting would wait for them. (Where an
+    episode ends behind that, it does.) Else the updates come after the block's last step.
     """
 
     seconds = property(lambda self: self.learn.seconds + self.compiling)  # that compiling took
@@ -1830,14 +1831,14 @@ class HostLoop:
     def __call__(self, carry, n):
         play = self.play
         for _ in range(n):
-            steps = []
+            steps, last = [], min(int((-self.taken % play.horizon).max()), play.steps - 1)
             for i in range(play.steps):
                 if (due := self.taken == 0).any():
                     new = self.act(carry["state"], self.obs, carry["replay"]["added"], i)
                     self.chunks = np.where(due[:, None, None], new, self.chunks)
                 actions = self.chunks[np.arange(len(due)), self.taken]
                 simulate(self.envs, "step_async", actions)
-                if play.learn and play.learn_first and i == 0:
+                if play.learn and play.learn_first and i == last:
                     carry = self.learn(carry, 1)  # returns before it is done
                 obs = self.obs
                 self.obs, reward, terminated, truncated, info = simulate(self.envs, "step_wait")

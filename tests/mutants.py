@@ -144,8 +144,8 @@ MUTANTS = [
            f"{PHASES}[fmq-jax]"),
     Mutant("fmq-sparse-online", "fmq", "learn, horizon, horizon, args.sparse)",
            "learn, horizon, horizon)", f"{PHASES}[fmq-jax]"),
-    Mutant("fmq-pool", "fmq", "args.horizon, args.gamma,\n            args.buffer_size,",
-           "args.horizon, args.gamma,\n            None,", f"{LEARN}[fmq]"),
+    Mutant("fmq-pool", "fmq", "args.horizon, args.gamma, args.buffer_size",
+           "args.horizon, args.gamma, None", f"{LEARN}[fmq]"),
     # ---- sac_flow.py ----
     Mutant("sac-cost-sign", "sac_flow", "aggregate(next_q, args) - next_cost",
            "aggregate(next_q, args) + next_cost", f"{TD}[sac_flow]"),

@@ -451,6 +451,34 @@ def test_phases_and_stored_rows(script, monkeypatch, backend):
 
 
 @pytest.mark.parametrize("script", ONLINE, indirect=True)
+def test_updates_run_while_simulators_step(script, monkeypatch):
+    """Nothing acts on what updates under way will bring, wherever episodes end: in a block they
+    begin behind the last chunk that is due, unless an episode ends later."""
+    carry, phases = start_of_training(script, monkeypatch, make_args(script), None)
+    loop, events, simulate = phases[-1].advance, [], script.simulate
+    for name in ("act", "learn", "keep"):
+        call = getattr(loop, name)
+        note = lambda *x, name=name, call=call: events.append(name) or call(*x)
+        monkeypatch.setattr(loop, name, note)
+
+    def simulate_and_note(envs, method, *inputs, **options):
+        out = simulate(envs, method, *inputs, **options)
+        events.extend(["end"] if method == "step_wait" and (out[2] | out[3]).any() else [])
+        return out
+
+    monkeypatch.setattr(script, "simulate", simulate_and_note)
+    for phase in phases[1:]:
+        events.clear()
+        carry = phase.advance(phase.enter(carry), (phase.end - phase.start) // phase.stride)
+    blocks = " ".join(events).split(" keep")
+    assert sum("learn" in block for block in blocks) == len(blocks) - 1 > 3
+    late = [block.split("learn")[1].split("end")[0] for block in blocks[:-1]]
+    assert not any("act" in block for block in late)
+    if loop.play.steps > 1:  # and some chunk was due within a block
+        assert any("act" in block.split("learn")[0][3:] for block in blocks[:-1])
+
+
+@pytest.mark.parametrize("script", ONLINE, indirect=True)
 def test_no_episode_begins_as_another(script, monkeypatch):
     """One environment whose episodes end after a step: each start is drawn by a key of its own."""
     monkeypatch.setattr(Walk, "max_episode_steps", 1)
