@@ -38,8 +38,8 @@ of a state; where lambda is large few rows bear the weight (train/row_share).
 `python benchmark/flowq_toy.py` shows how far S, T and Gb are from it.
 
   learned h     c(t) = (1-t) r(t),  r = softplus(net(t)) / softplus(net(1)),  r = 1 at the start
-                minimise sum_i w_i |a_i - e_i - u_base(s_i, x_i, t_i) - lambda c(t_i) g_i|^2 / A
-                u_base: plain flow matching; V: mean squared error to Q' (critic iql: its V)
+                minimise sum_i w_i |a_i - e_i - u_base(s_i, x_i, t_i) - lambda c(t_i) g_i|^2 / A,
+                lambda c g clipped as w; u_base: flow matching; V: regression on Q' (iql: its V)
 
 One update is one Adam step for each net (their parameters are disjoint), then Q' <- tau Q +
 (1 - tau) Q' and u_EMA <- 0.999 u_EMA + 0.001 u.  No sample of the policy enters L_policy, so its
@@ -391,8 +391,8 @@ def shorten(rows, limit):
     """Rows no longer than `limit` (0: any length), direction kept -> (rows, share shortened)."""
     if limit == 0:
         return rows, jnp.zeros(())
-    length = jnp.linalg.norm(rows, axis=-1, keepdims=True)
-    return rows * jnp.minimum(1, limit / jnp.maximum(length, 1e-12)), (length > limit).mean()
+    length = jnp.sqrt(jnp.maximum((rows**2).sum(-1, keepdims=True), 1e-24))  # 0 has a gradient
+    return rows * jnp.minimum(1, limit / length), (length > limit).mean()
 
 
 def row_weights(params, batch, q, scale, settings, nets):
@@ -458,7 +458,8 @@ def schedule_loss(params, state, batch, eps, t, settings, nets, args):
     row_weight, row_share = row_weights(params, batch, q, scale, settings, nets)
     base = nets.base(params["base"], batch["obs"], path_point(batch, eps, t), t)
     residual = jax.lax.stop_gradient(batch["actions"] - eps - base)
-    guidance = settings.guidance_lambda * guidance_weight(params, t, nets, args) * slope
+    c = guidance_weight(params, t, nets, args)
+    guidance, _ = shorten(settings.guidance_lambda * c * slope, args.guidance_clip)
     loss = (row_weight * ((residual - guidance) ** 2).mean(axis=-1)).sum()
     info = dict(schedule_loss=loss, row_share=row_share)
     for percent in (0, 25, 50, 75, 95):

@@ -36,9 +36,12 @@ python benchmark/launch.py --algos "t=flowq --schedule t" "t2=flowq --schedule t
     "t2_over_1mt=flowq --schedule t2_over_1mt" "learned=flowq --schedule learned" \
     --tasks antmaze-large cube-single --seeds 0 1 2 3 4 --out runs/flowq-tables/schedule "$@"
 
-# Forms of the guided velocity, and the critic without samples.
+# Forms of the guided velocity, the gradient where the unguided flow leads, and the critic without
+# samples.
 python benchmark/launch.py --algos "score=flowq" "drop-time=flowq --velocity-form drop-time" \
-    "field=flowq --velocity-form field" "iql=flowq --critic iql" \
+    "field=flowq --velocity-form field" "posterior=flowq --velocity-form posterior" \
+    "weighted=flowq --velocity-form weighted" "denoised=flowq --grad-at denoised" \
+    "iql=flowq --critic iql" \
     --tasks antmaze-large cube-single --seeds 0 1 2 --out runs/flowq-tables/forms "$@"
 
 # Figure of the toy: densities by schedule.

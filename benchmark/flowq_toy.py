@@ -278,7 +278,7 @@ def main(bench):
         "/ its deviation / W1 along x_2. `trained`: 3 x 128 GELU, batch 512, "
         f"{bench.offline_steps:,} updates, Adam 1e-3 cosine, averaged policy, 100 Euler steps; "
         f"`field`: exact velocity field, 200 midpoint steps; {bench.samples:,} samples. "
-        "S, T, Gb read the paper's equations; P and W are ours, and W alone aims at the posterior.",
+        "All forms are ours; W alone aims at the posterior.",
         "",
         "| lambda | form | h | trained | field |",
         "|---|---|---|---|---|",

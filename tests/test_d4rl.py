@@ -543,6 +543,10 @@ def test_published_settings():
     assert {found[name]["q_agg"] for name in alphas} == {"mean", "min"}
     assert found["antmaze-umaze-v2"]["q_agg"] == "mean"
     assert {found[name]["offline_steps"] for name in alphas} == {500_000}
+    rates = {name: d4rl.defaults(name)["flowq"].get("actor_learning_rate") for name in found}
+    assert {k: v for k, v in rates.items() if v} == {
+        "antmaze-medium-play-v2": 1e-3, "pen-human-v1": 3e-5, "pen-cloned-v1": 3e-5
+    }  # fmt: skip
 
 
 # ---- data collected here ----

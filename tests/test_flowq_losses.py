@@ -133,7 +133,7 @@ def slope_of_quadratic(y, obs, how):
 
 @pytest.mark.parametrize("how", ["mean", "min"])
 @pytest.mark.parametrize("grad_at", ["noisy", "mean", "data", "denoised"])
-@pytest.mark.parametrize("clip", [0.0, 0.15])
+@pytest.mark.parametrize("clip", [0.0, 20.0])
 def test_policy_loss(flowq, grad_at, how, clip):
     """The whole loss in NumPy: place and clip of the gradient, scale, cap, target."""
     args = resolved(flowq, grad_at=grad_at, guidance_q=how, guidance_clip=clip, schedule="t2")
@@ -445,9 +445,10 @@ def test_iql_target_and_expectile(flowq):
     assert abs(0.7 * excess - 0.3 * shortfall) < 0.01 * 0.7 * excess
 
 
-def test_schedule_loss(flowq):
-    """Row weights, capped advantage and residual in NumPy."""
-    args = resolved(flowq, schedule="learned", guidance_clip=0.0)
+@pytest.mark.parametrize("clip", [0.0, 20.0])
+def test_schedule_loss(flowq, clip):
+    """Row weights, capped advantage, clipped guidance and residual in NumPy."""
+    args = resolved(flowq, schedule="learned", guidance_clip=clip)
     nets, state = make_networks(flowq, args), make_state(flowq, args)
     batch, (eps, t), lam = make_batch(), draws((16, 2)), 40.0
     loss, info = flowq.schedule_loss(
@@ -462,10 +463,22 @@ def test_schedule_loss(flowq):
     x = t * batch["actions"] + (1 - t) * eps
     base = nets.base(state.params["base"], batch["obs"], x, t)
     c = (1 - t) * nets.schedule(state.params["schedule"], t)
-    rest = np.float64(batch["actions"] - eps - base - lam * c * slope)
+    guidance = np.float64(lam * c * slope)
+    length = np.linalg.norm(guidance, axis=-1, keepdims=True)
+    if clip:
+        assert (length > clip).any() and (length < clip).any()
+        guidance *= np.minimum(1, clip / length)
+    rest = np.float64(batch["actions"] - eps - base) - guidance
     np.testing.assert_allclose(loss, (w * (rest**2).mean(1)).sum(), rtol=1e-4)
     np.testing.assert_allclose(info["row_share"], 1 / (16 * (w**2).sum()), rtol=1e-4)
     assert info["c_0"] == nets.schedule(state.params["schedule"], jnp.zeros((1, 1)))[0, 0]
+    of_lambda = lambda lam: (
+        lambda params: flowq.schedule_loss(
+            params, state, batch, eps, t, settings(flowq, lam), nets, args
+        )[0]
+    )
+    grad = jax.grad(of_lambda(0.0))(state.params)  # as in a warm-up of the guidance
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grad["schedule"]))
 
 
 # ---- one update ----

@@ -402,6 +402,8 @@ DIFFUSION_QL_ETA = {
     "antmaze-medium-diverse": 3.0, "antmaze-large-play": 4.5, "antmaze-large-diverse": 3.5,
     "pen-human": 0.15, "pen-cloned": 0.1,
 }  # fmt: skip
+# and its policy's learning rate, where it is not the 3e-4 of its critic
+DIFFUSION_QL_RATE = {"antmaze-medium-play": 1e-3, "pen-human": 3e-5, "pen-cloned": 3e-5}
 
 
 def defaults(name: str) -> dict[str, dict]:
@@ -425,6 +427,8 @@ def defaults(name: str) -> dict[str, dict]:
     else:
         shared |= dict(offline_steps=1_000_000, eval_episodes=10)
     flowq = dict(guidance_lambda=DIFFUSION_QL_ETA.get(f"{family}-{kind}", 1.0))
+    if rate := DIFFUSION_QL_RATE.get(f"{family}-{kind}"):
+        flowq["actor_learning_rate"] = rate
     return {"gsflow": shared | gsflow, "flowq": shared | flowq}
 
 
