@@ -36,9 +36,8 @@ Deviations from the released code
   3. Lagrangian: the student is d/dt X; the code swaps student and target.
   4. Windows never join the newest and the oldest row of the replay: dataset and online rows lie in
      two blocks, which act as one first-in first-out pool.
-  5. H environment steps, then H updates (code: one by one).  With official environments the
-     updates run while the simulators step, on the rows before those steps; chunks that begin
-     before the updates do are drawn without them.
+  5. H environment steps, then H updates (code: one by one).  With official environments they run
+     while the simulators step, on the rows before, once no further chunk is due in those steps.
 As the code has it, where the paper says otherwise or nothing
   6. Acting is best-of-32; Algorithm 1 draws one chunk (mode one-step).
   7. BoN selects with the online critic and takes the target critic's value; agg is the mean
