@@ -63,7 +63,7 @@ esac
 NETS="--hidden-dims 128 128 128" LR="--learning-rate 1e-3"
 ONE_STEP="gsflow $NETS $LR --ema-decay 0.999 --flow-steps 5"
 GSFLOW="gsflow=$ONE_STEP --kl-weight 0.1 --num-candidates 4"
-PRIOR="prior=${GSFLOW#*=} --student deterministic" # GSFlow without its entropy
+PRIOR="prior=${GSFLOW#*=} --student deterministic" # GSFlow without entropy and noise
 ENTROPY="entropy=$ONE_STEP --prior gaussian" # without its prior
 FQL="fql=$ONE_STEP --prior gaussian --student deterministic"
 FLOWQ="flowq=flowq $NETS $LR --eval-candidates 4"

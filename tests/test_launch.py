@@ -836,7 +836,7 @@ def test_comparison_script(words, seeds, arms, most, tmp_path, capsys, monkeypat
     if len(SCRIPTS) < 4:
         pytest.skip("not all scripts are here")
     calls = launcher_calls(ROOT / "benchmark" / "compare.sh", tmp_path, *words)
-    module, updates = load_script(LAUNCH), []
+    module, updates, homes = load_script(LAUNCH), [], set()
     monkeypatch.chdir(tmp_path)
     for argv, methods in zip(calls, (7, 9, 7), strict=True):
         assert module.main(argv[1:]) == 0
@@ -850,6 +850,11 @@ def test_comparison_script(words, seeds, arms, most, tmp_path, capsys, monkeypat
             int(run["--eval-interval"]) * evaluations == int(run["--offline-steps"]) for run in runs
         )
         updates += [int(run["--offline-steps"]) for run in runs]
+        homes |= {Path(run["--out-dir"]) for run in runs}
+    if not words:  # the committed runs are of these settings: launched again, they are not repeated
+        finished = ROOT / "benchmark" / "results" / "compare" / "finished"
+        found = {"runs/compare" / path.relative_to(finished) for path in finished.glob("*/*/*")}
+        assert found and found <= homes
     assert max(updates) == most and (words != ["--time"] or {*updates} == {most})
 
 
