@@ -2,9 +2,10 @@
 
     python benchmark/gsflow_student.py runs/RUN --eval-episodes 50
 
-First, at states of the data: how far actions spread over the noise (deviation, mean over action
-dimensions), how far the student's lie from the teacher's for the same noise, and their values. What
-the student is off by is split into the part that all noises of a state share and the rest.
+First, at states of the data: the width of the noise (deviation), how far actions spread over it (at
+a state, mean over action dimensions), how far the student's lie from the teacher's for the same
+noise, and their values. What the student is off by is split into the part that all noises of a
+state share and the rest.
 
 Then an evaluation of each way to act with these networks: noise from N(0, I) or from the prior,
 through the one-step student or the teacher's flow, once or as the best of N by the critic.
@@ -91,8 +92,8 @@ def print_distances(script, run_dir, rows=512, draws=16):
     obs = jnp.broadcast_to(obs, (draws, *obs.shape))
 
     rms = lambda x: float(jnp.sqrt((x**2).mean()))
-    print("| noise | actor | spread | off by, shared | off by, rest | Q | Q, best of 4 |")
-    print("|---|---|---|---|---|---|---|")
+    print("| noise | width | actor | spread | off by, shared | off by, rest | Q | Q, best of 4 |")
+    print("|---|---|---|---|---|---|---|---|")
     for noise, prior in noises_of(nets).items():
         x = script.sample_prior(params, prior, obs, jax.random.key(0))
         student, _ = script.sample_action(params, nets, obs, x, 0.0, jax.random.key(1))
@@ -102,7 +103,7 @@ def print_distances(script, run_dir, rows=512, draws=16):
         for actor, actions in dict(teacher=teacher, student=student).items():
             q = nets.critic(state.params["critic"], obs, actions).mean(axis=0)
             best = q.reshape(-1, 4, rows).max(axis=1).mean()
-            row = [noise, actor, f"{actions.std(axis=0).mean():.3f}"]
+            row = [noise, f"{x.std():.2f}", actor, f"{actions.std(axis=0).mean():.3f}"]
             row += off if actor == "student" else ["", ""]
             print(f"| {' | '.join([*row, f'{q.mean():.2f}', f'{best:.2f}'])} |")
 

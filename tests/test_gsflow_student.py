@@ -22,7 +22,8 @@ def test_a_run_taken_apart(gsflow, data_dir, tmp_path, capsys):
     capsys.readouterr()
     assert student.main([str(run), "--eval-episodes", "1"]) == 0
     out = capsys.readouterr().out
-    rows = re.findall(r"^\| (normal|prior) \| (\w+) \| (.*) \|$", out, re.M)
+    rows = re.findall(r"^\| (normal|prior) \| [\d.]+ \| (\w+) \| (.*) \|$", out, re.M)
+    assert "| normal | 1.00 |" in out
     assert [row[:2] for row in rows] == [("normal", "teacher"), ("normal", "student")]
     for _, actor, cells in rows:
         values = np.array([float(x) for x in cells.split(" | ") if x.strip()])
