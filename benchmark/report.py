@@ -46,7 +46,7 @@ import tyro
 
 HERE = Path(__file__).resolve().parent
 NOT_A_SETTING = ("env_id", "seed", "num_seeds", "out_dir", "dataset_dir")
-NOT_A_SETTING += ("resume", "start_from", "evaluate", "video")
+NOT_A_SETTING += ("resume", "start_from", "evaluate", "video", "eval_background")
 COLUMN = {"training_return": "charts/episodic_return"}  # mean of the last training episodes
 KINDS = ("official", "collected", "generated", "none")
 TITLES = {

@@ -133,7 +133,7 @@ def slope_of_quadratic(y, obs, how):
 
 @pytest.mark.parametrize("how", ["mean", "min"])
 @pytest.mark.parametrize("grad_at", ["noisy", "mean", "data", "denoised"])
-@pytest.mark.parametrize("clip", [0.0, 20.0])
+@pytest.mark.parametrize("clip", [0.0, 0.15])
 def test_policy_loss(flowq, grad_at, how, clip):
     """The whole loss in NumPy: place and clip of the gradient, scale, cap, target."""
     args = resolved(flowq, grad_at=grad_at, guidance_q=how, guidance_clip=clip, schedule="t2")
