@@ -11,26 +11,13 @@ in the environment, chosen by the run's critic or by that of another run on the 
 All other arguments are those of the script with --evaluate.
 """
 
-import importlib.util
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-SCRIPT = Path(__file__).resolve().parent.parent / "algos" / "fmq.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("fmq", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fmq"] = module
-    spec.loader.exec_module(module)
-    cloudpickle.register_pickle_by_value(module)  # the simulators' processes cannot import it
-    return module
+from gsflow_student import load, load_script
 
 
 def read_words(script, argv):
@@ -48,26 +35,6 @@ def read_words(script, argv):
     steps, scales = number(int, "--steps"), number(float, "--scales") or [1.0]
     script.need(min([1, *steps]) > 0 and min(scales) >= 0, "--steps from 1 on, --scales from 0 on")
     return argv[0], next(iter(values["--critic"]), None), steps, scales, rest
-
-
-def load(script, run_dir):
-    """Arguments, networks, state of the first seed, and dataset of a run."""
-    args = script.read_args(run_dir, [], script.Args())
-    task = script.parse_task(args.env_id, args.dataset_dir)
-    args = script.resolve(args, task)
-    data, _ = script.load_dataset(task, args)
-    obs_dim, act_dim = data["observations"].shape[1], data["actions"].shape[1]
-    state = script.start_states(args, obs_dim, act_dim, jnp.zeros(obs_dim), jnp.ones(obs_dim))
-    tree, _ = script.load_checkpoint(run_dir, replay=False)
-    state = script.restore(state, tree["state"], run_dir)
-    state = jax.tree.map(lambda x: jnp.asarray(x)[0], state)
-    return args, script.make_networks(args, act_dim), state, data
-
-
-def sampler(script, nets, args, steps):
-    """sample(params, obs (..., D), noise (..., H * A)) in that many steps."""
-    few = SimpleNamespace(flow_steps=steps)
-    return lambda params, obs, noise: script.sample_chunk(params, nets, few, obs, noise)
 
 
 def make_policies(script, nets, args, steps, scales, critic=None):
@@ -100,10 +67,10 @@ def print_samples(script, nets, args, state, data, steps, scales, rows=512, draw
     print("|---|---|---|---|---|---|")
     for k in steps:
         for scale in scales:
-            samples = sampler(script, nets, args, k)(state.params, obs[None], scale * noise)
-            q = script.aggregate(
-                nets.critic(state.params["critic"], obs[None], samples), state.pessimistic
-            )
+            few = SimpleNamespace(flow_steps=k)
+            samples = script.sample_chunk(state.params, nets, few, obs[None], scale * noise)
+            q = nets.critic(state.params["critic"], obs[None], samples)
+            q = script.aggregate(q, state.pessimistic)
             off = float(jnp.sqrt(jnp.mean((samples.mean(axis=0) - chunks) ** 2)))
             best = q.reshape(-1, 8, rows).max(axis=1).mean()
             spread = samples.std(axis=0).mean()
@@ -115,7 +82,7 @@ def main(argv):
     if {"-h", "--help"} & {*argv}:
         print(__doc__)
         return 0
-    script = load_script()
+    script = load_script("fmq")
     try:
         run, other, steps, scales, rest = read_words(script, argv)
         args, nets, state, data = load(script, run)

@@ -355,10 +355,8 @@ def train(args):
     learning = trained[last] - trained[before]
     evaluation = said[last] - said[before] - learning
     episodes = len(next(iter(result["episodes"].values()))[0])
-    note = f"{data}; an evaluation of {episodes} episodes takes {evaluation:.1f} s; from "
-    note += (
-        f"the first to the last {took[1]:.1f} s, {took[0]:.1f} s where training goes on meanwhile"
-    )
+    note = f"{data}; an evaluation of {episodes} episodes takes {evaluation:.1f} s; from the "
+    note += f"first to the last {took[1]:.1f} s, {took[0]:.1f} s where training goes on meanwhile"
     return show((f"GSFlow trains on {env_id}", 1, (last - before) / learning, note))
 
 

@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SCRIPT = Path(__file__).resolve().parent.parent / "algos" / "gsflow.py"
+ALGOS = Path(__file__).resolve().parent.parent / "algos"
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("gsflow", SCRIPT)
+def load_script(name="gsflow"):
+    spec = importlib.util.spec_from_file_location(name, ALGOS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gsflow"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     cloudpickle.register_pickle_by_value(module)  # the simulators' processes cannot import it
     return module

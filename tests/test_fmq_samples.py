@@ -1,6 +1,7 @@
 """benchmark/fmq_samples.py: its table, what acts, and another run's critic."""
 
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from conftest import ROOT, load_script
 from helpers import launch, only_run
 
+sys.path.append(str(ROOT / "benchmark"))  # where fmq_samples.py finds gsflow_student.py
 samples = load_script(ROOT / "benchmark" / "fmq_samples.py")
 TINY = "--hidden-dims 8 8 --batch-size 16 --num-samples 3 --offline-steps 20 --eval-interval 20"
 TINY += " --online-steps 0 --eval-episodes 1 --eval-modes one-step"
